@@ -1,0 +1,1 @@
+"""Image sets, views and labelled data sets."""

@@ -1,0 +1,1 @@
+"""Task metrics, delta_m and probes."""

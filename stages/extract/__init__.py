@@ -1,0 +1,1 @@
+"""Stage one: run frozen teachers once and write their features."""

@@ -1,0 +1,1 @@
+"""Stage two: train the student from stored targets."""

@@ -1,0 +1,1 @@
+"""The feature store: a plain Zarr v3 hierarchy of teacher features."""
