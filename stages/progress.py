@@ -1,8 +1,9 @@
 """The seam through which a stage reports progress without knowing who shows it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receives what a long job has done; the console draws it, tests ignore it."""
 

@@ -1,0 +1,109 @@
+"""Views: the same rectangle of an image and of its labels, brought to one size.
+
+Only view 0 exists so far: the whole image, cut to the target's aspect ratio.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Resample = Literal["bilinear", "bicubic", "lanczos"]
+_IGNORE = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """A rectangle of whole source pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def whole_image_box(height: int, width: int, image_size: tuple[int, int]) -> Box:
+    """Return the largest centred box with the aspect ratio of `image_size` (height, width).
+
+    One side equals the image's; the other is the exact value rounded to a pixel (at least 1).
+    """
+    rows, columns = image_size
+    if height * columns >= width * rows:
+        box_height, box_width = _scaled(width, rows, columns), width
+    else:
+        box_height, box_width = height, _scaled(height, columns, rows)
+    return Box(
+        top=(height - box_height) // 2,
+        left=(width - box_width) // 2,
+        height=box_height,
+        width=box_width,
+    )
+
+
+def view_image(
+    image: npt.NDArray[np.uint8],
+    box: Box,
+    image_size: tuple[int, int],
+    resample: Resample = "bilinear",
+) -> npt.NDArray[np.uint8]:
+    """Cut `box` out of an H x W x 3 image and resize it, antialiased, to `image_size`.
+
+    Pixels outside the box have no influence. A box of the target's size is only cut.
+    """
+    cut = _cut(image, box)
+    rows, columns = image_size
+    if (box.height, box.width) == image_size:
+        return np.ascontiguousarray(cut)
+    resized = Image.fromarray(cut).resize((columns, rows), Image.Resampling[resample.upper()])
+    return np.array(resized)  # asarray would be read-only
+
+
+def view_label(
+    task: str, label: npt.NDArray[Any], box: Box, image_size: tuple[int, int]
+) -> npt.NDArray[Any]:
+    """Bring an H x W [x 3] label to the view; values are never mixed and keep their dtype.
+
+    All tasks take the nearest pixel (depth stays in metres of the source camera), except
+    boundaries on an axis that shrinks: there a pixel is boundary if any source pixel nearest to
+    it is, since lines one pixel wide would otherwise tear.
+    """
+    cut = _cut(label, box)
+    if task == "boundary":
+        return _any_boundary(cut, image_size)
+    rows, columns = (
+        _nearest(source, target) for source, target in zip(cut.shape, image_size, strict=False)
+    )
+    return np.ascontiguousarray(cut[rows][:, columns])
+
+
+def _scaled(side: int, numerator: int, denominator: int) -> int:
+    """`side * numerator / denominator`, rounded half up, at least 1; exact in integers."""
+    return max(1, (2 * side * numerator + denominator) // (2 * denominator))
+
+
+def _cut(array: npt.NDArray[Any], box: Box) -> npt.NDArray[Any]:
+    height, width = array.shape[:2]
+    inside = 0 <= box.top <= height - box.height and 0 <= box.left <= width - box.width
+    if not inside or box.height < 1 or box.width < 1:
+        raise ValueError(f"{box} does not lie inside an image of {height} x {width} pixels")
+    return array[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _nearest(source: int, target: int) -> npt.NDArray[np.intp]:
+    """Index of the source pixel under the centre of each of `target` pixels."""
+    return (2 * np.arange(target) + 1) * source // (2 * target)
+
+
+def _any_boundary(label: npt.NDArray[Any], image_size: tuple[int, int]) -> npt.NDArray[Any]:
+    # order of precedence within a cell: boundary, then ignore, then nothing
+    ranked = np.where(label == _IGNORE, 0.5, label)
+    for axis, target in enumerate(image_size):
+        source = ranked.shape[axis]
+        if source < target:
+            ranked = np.take(ranked, _nearest(source, target), axis)
+        else:  # first source pixel whose centre lies in each target pixel
+            starts = (2 * source * np.arange(target) + target - 1) // (2 * target)
+            ranked = np.maximum.reduceat(ranked, starts, axis)
+    return np.where(ranked == 0.5, _IGNORE, ranked).astype(label.dtype)
