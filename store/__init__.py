@@ -1,1 +1,5 @@
-"""The feature store: a plain Zarr v3 hierarchy of teacher features."""
+"""The feature store: a plain Zarr v3 hierarchy of teacher features.
+
+`create_store` lists the images, a `FeatureWriter` fills in one teacher, a `FeatureStore` reads;
+`store.inspect` has the dask and xarray views.
+"""

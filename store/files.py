@@ -1,0 +1,122 @@
+"""Files that are either whole or not there, and who may write them."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from store.errors import StoreError, StoreLockedError
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # disk, quota, file-size limit
+_PARTIAL = ".partial"
+
+
+def partial_path(path: Path) -> Path:
+    """Return the temporary name of a file: the same folder, hidden."""
+    return path.with_name(f".{path.name}{_PARTIAL}")
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files that a killed writer left; only the folder's owner may."""
+    for path in folder.rglob(f".*{_PARTIAL}"):
+        path.unlink()
+
+
+def write_fully(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of `data`, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Place a file atomically and durably, its folders made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        try:
+            write_fully(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
+    """Turn a full disk, quota or file-size limit into a message that says what is safe (`state`).
+
+    Raises:
+        StoreError: no space is left; other errors pass through.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        raise StoreError(
+            f"no space left for {path} ({error.strerror}; {free / 2**20:,.0f} MiB free on the "
+            f"disk). {state()}. Make room and run the same command again, it resumes."
+        ) from error
+
+
+@contextmanager
+def parent_lock(path: Path) -> Iterator[None]:
+    """Hold the folder that contains `path` while the store itself is made; waits for its turn."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """Exclusive use of a folder until released; the kernel releases it when the process dies.
+
+    Raises:
+        StoreLockedError: another process or writer holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise StoreLockedError(
+                f"another process is writing {folder}; wait until it ends, or stop it"
+            ) from error
+
+    def release(self) -> None:
+        """Let others in; a second call does nothing."""
+        if self._descriptor is not None:
+            # A forked worker shares the lock: closing alone would leave it held until it ends.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there, durably."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+        sync_folder(path.parent)

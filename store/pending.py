@@ -1,0 +1,88 @@
+"""The shard that is being written: rows arrive in order, nothing shows until it is committed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.chunks import read_chunk, write_chunk
+from store.files import remove_file
+from store.layout import TeacherLayout
+from store.shard import ShardWriter
+from store.statistics import Moments
+from store.teacher import QUARANTINED, VALID
+
+
+class PendingShard:
+    """One shard of every feature array of a teacher, under temporary names until `commit`."""
+
+    def __init__(self, folder: Path, layout: TeacherLayout, shard: int) -> None:
+        self._folder = folder
+        self._layout = layout
+        self.shard = shard
+        self.rows = layout.shard_rows(shard)
+        self.next_row = self.rows.start
+        self._marks: list[NDArray[np.uint8]] = []
+        self._moments = {level.name: Moments.empty(level.channels) for level in layout.spec.levels}
+        # A fresh array per row would cost more in page faults than the sums themselves.
+        self._scratch = {
+            level.name: np.empty((level.grid[0] * level.grid[1], level.channels))
+            for level in layout.spec.levels
+        }
+        self._writers: dict[str, ShardWriter] = {}
+        try:
+            for name, array in layout.features().items():
+                self._writers[name] = ShardWriter(folder, array, shard)
+        except BaseException:
+            self.discard()
+            raise
+
+    @property
+    def full(self) -> bool:
+        """Whether every row has arrived."""
+        return self.next_row == self.rows.stop
+
+    def append(self, arrays: Mapping[str, NDArray[np.float16]], valid: NDArray[np.bool_]) -> None:
+        """Add the next rows: each array (n, ...) by level name, `valid` (n,)."""
+        for name, values in arrays.items():
+            self._writers[name].append(values)
+        for name, moments in self._moments.items():
+            # Row by row, so that the sums do not depend on how rows were batched.
+            for row in np.flatnonzero(valid):
+                moments = moments.merge(Moments.of(arrays[name][row], self._scratch[name]))
+            self._moments[name] = moments
+        self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))
+        self.next_row += len(valid)
+
+    def commit(self) -> None:
+        """Make the shard durable, then visible, then committed, in this order."""
+        assert self.full
+        layout, shard = self._layout, self.shard
+        # A damaged shard that is written anew: its old mark must not vouch for new files.
+        remove_file(self._folder / layout.valid().file_path(shard))
+        digests = [np.frombuffer(writer.seal(), np.uint8) for writer in self._writers.values()]
+        for writer in self._writers.values():
+            writer.place()
+        records = [moments.to_record() for moments in self._moments.values()]
+        write_chunk(self._folder, layout.digests(), shard, np.stack(digests)[None])
+        write_chunk(self._folder, layout.moments(), shard, np.concatenate(records, axis=1)[None])
+        write_chunk(self._folder, layout.valid(), shard, np.concatenate(self._marks))
+
+    def discard(self) -> None:
+        """Remove what was written; does nothing once committed."""
+        for writer in self._writers.values():
+            writer.discard()
+
+
+def merge_shards(folder: Path, layout: TeacherLayout) -> dict[str, Moments]:
+    """Return the moments of each level over all committed shards, in the order of rows."""
+    totals = {level.name: Moments.empty(level.channels) for level in layout.spec.levels}
+    for shard in range(layout.shards):
+        record = read_chunk(folder, layout.moments(), shard)[0]
+        start = 0
+        for level in layout.spec.levels:
+            part = Moments.from_record(record[:, start : start + level.channels])
+            totals[level.name] = totals[level.name].merge(part)
+            start += level.channels
+    return totals

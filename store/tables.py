@@ -1,0 +1,177 @@
+"""The root of a store and its tables of images and views."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.chunks import read_array, read_chunk, write_array
+from store.documents import load_document, read_attributes, read_count, write_document
+from store.errors import (
+    StoreDamagedError,
+    StoreError,
+    StoreFormatError,
+)
+from store.layout import METADATA, ArrayLayout, group_document, table_layout
+from store.spec import FORMAT, FORMAT_VERSION, ImageTable, ViewTable
+
+_SHA256_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootRecord:
+    """The attributes of the store's root."""
+
+    images: int
+    images_digest: str
+    views_digest: str
+    image_size: tuple[int, int]
+    views_per_image: int
+
+    @property
+    def rows(self) -> int:
+        """Number of (image, view) pairs."""
+        return self.images * self.views_per_image
+
+    def to_attributes(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "images": self.images,
+            "images_digest": self.images_digest,
+            "views_digest": self.views_digest,
+            "image_size": list(self.image_size),
+            "views_per_image": self.views_per_image,
+        }
+
+
+def read_root(path: Path) -> RootRecord:
+    """Return what the store says about itself.
+
+    Raises:
+        StoreError: there is no store.
+        StoreFormatError: the folder is no feature store, or one of another version.
+        StoreDamagedError: its metadata contradicts its files.
+    """
+    if not path.is_dir():
+        raise StoreError(f"there is no feature store at {path}; run `sak extract-teachers` first")
+    if not (path / METADATA).exists():
+        raise StoreFormatError(
+            f"{path} is not a feature store: it has no {METADATA}; run `sak extract-teachers`"
+        )
+    attributes = read_attributes(path / METADATA)
+    size = attributes.get("image_size")
+    sides = dict(zip(("height", "width"), size if isinstance(size, list) else [], strict=False))
+    record = RootRecord(
+        images=read_count(attributes, "images"),
+        images_digest=str(attributes.get("images_digest")),
+        views_digest=str(attributes.get("views_digest")),
+        image_size=(read_count(sides, "height"), read_count(sides, "width")),
+        views_per_image=read_count(attributes, "views_per_image"),
+    )
+    heights = _column("images", "height", (record.images,))
+    read_chunk(path, heights, heights.files - 1)  # so many images there must be, before any loop
+    return record
+
+
+def write_tables(folder: Path, images: ImageTable, views: ViewTable) -> None:
+    """Write `images/` and `views/` below a folder that nobody reads yet."""
+    hashes = "".join(digest or "0" * 2 * _SHA256_BYTES for digest in images.sha256)
+    columns = {
+        "id": _encode_text(images.ids),
+        "sha256": np.frombuffer(bytes.fromhex(hashes), np.uint8).reshape(-1, _SHA256_BYTES),
+        "height": np.asarray(images.heights, "<i4"),
+        "width": np.asarray(images.widths, "<i4"),
+        "status": _encode_text(images.statuses),
+    }
+    for name, values in columns.items():
+        write_array(folder, _column("images", name, values.shape), values)
+    for name, values in (("box", views.boxes), ("flip", views.flips), ("seed", views.seeds)):
+        write_array(folder, _column("views", name, values.shape), values)
+    for group in ("images", "views"):
+        write_document(folder / group / METADATA, group_document({}))
+
+
+_DTYPES = {
+    "id": "|u1",
+    "sha256": "|u1",
+    "height": "<i4",
+    "width": "<i4",
+    "status": "|u1",
+    "box": "<f4",
+    "flip": "|b1",
+    "seed": "<u8",
+}
+
+
+def _column(group: str, name: str, shape: tuple[int, ...]) -> ArrayLayout:
+    first = "image" if group == "images" else "row"
+    second = "side" if name == "box" else f"{name}_byte"
+    dimensions = (first, second)[: len(shape)]
+    return table_layout(f"{group}/{name}", _DTYPES[name], shape, dimensions)
+
+
+def _encode_text(texts: tuple[str, ...]) -> NDArray[np.uint8]:
+    encoded = np.array([text.encode() for text in texts])  # dtype S<longest>
+    return encoded.view(np.uint8).reshape(len(texts), encoded.itemsize)
+
+
+def _read_text(folder: Path, name: str, rows: int) -> tuple[str, ...]:
+    path = folder / "images" / name / METADATA
+    shape = load_document(path).get("shape")
+    width = shape[-1] if isinstance(shape, list) and shape else None
+    if not isinstance(width, int) or width < 1:
+        raise StoreDamagedError(f"{path} has no valid shape: {shape!r:.80}")
+    matrix = read_array(folder, _column("images", name, (rows, width)))
+    try:
+        texts = np.ascontiguousarray(matrix).view(f"S{width}").ravel().tolist()
+        return tuple(text.decode() for text in texts)
+    except UnicodeDecodeError as error:
+        raise StoreDamagedError(f"{path.parent} holds no UTF-8 text: {error}") from error
+
+
+def read_images(path: Path) -> ImageTable:
+    """Return the images of a store.
+
+    Raises:
+        StoreDamagedError: the table does not have the digest that the root records.
+    """
+    root = read_root(path)
+
+    def column(name: str, *shape: int) -> NDArray[Any]:
+        return read_array(path, _column("images", name, (root.images, *shape)))
+
+    blank = bytes(_SHA256_BYTES)
+    hashes = [row.tobytes() for row in column("sha256", _SHA256_BYTES)]
+    table = ImageTable(
+        ids=_read_text(path, "id", root.images),
+        sha256=tuple("" if digest == blank else digest.hex() for digest in hashes),
+        heights=tuple(column("height").tolist()),
+        widths=tuple(column("width").tolist()),
+        statuses=_read_text(path, "status", root.images),
+    )
+    if table.digest() != root.images_digest:
+        raise StoreDamagedError(f"{path / 'images'} does not have the digest recorded at the root")
+    return table
+
+
+def read_views(path: Path) -> ViewTable:
+    """Return the views of a store.
+
+    Raises:
+        StoreDamagedError: the table does not have the digest that the root records.
+    """
+    root = read_root(path)
+    table = ViewTable(
+        image_size=root.image_size,
+        boxes=read_array(path, _column("views", "box", (root.rows, 4))),
+        flips=read_array(path, _column("views", "flip", (root.rows,))),
+        seeds=read_array(path, _column("views", "seed", (root.rows,))),
+        views_per_image=root.views_per_image,
+    )
+    if table.digest() != root.views_digest:
+        raise StoreDamagedError(f"{path / 'views'} does not have the digest recorded at the root")
+    return table

@@ -1,0 +1,231 @@
+"""Writes one teacher's features: whole shards, in any order, resumable after any kind of stop."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.chunks import write_array
+from store.codecs import encode_float16
+from store.create import create_store
+from store.documents import write_document
+from store.errors import StoreError, UnfinishedStoreError
+from store.files import FolderLock, full_disk_refused
+from store.layout import default_rows_per_shard
+from store.pending import PendingShard, merge_shards
+from store.spec import GLOBAL, TeacherSpec
+from store.tables import read_root
+from store.teacher import TeacherRecord, begin_teacher, missing_shards, write_record
+
+__all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
+
+DEFAULT_SHARD_BYTES = 128 * 2**20
+
+_logger = logging.getLogger(__name__)
+
+
+class FeatureWriter:
+    """The only writer of one teacher's folder; use as a context manager, made by `open`.
+
+    Ask `missing` for the row ranges still to do, `write` each of them, then `finish`. What is
+    committed survives anything, what is not is asked for again.
+    """
+
+    def __init__(self, folder: Path, record: TeacherRecord, lock: FolderLock) -> None:
+        self._folder = folder
+        self._record = record
+        self._layout = record.layout
+        self._lock = lock
+        self._missing = missing_shards(folder, self._layout)
+        self._pending: PendingShard | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, teacher: TeacherSpec, shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> "FeatureWriter":
+        """Begin or resume a teacher in a store made by `create_store`.
+
+        `shard_bytes` bounds the size of the largest level's shard files; a teacher that is resumed
+        keeps the rows per shard it was begun with.
+
+        Raises:
+            StoreLockedError: another writer holds the teacher.
+            StoreMismatchError: the teacher is there with another specification, or of other images.
+            StoreError: there is no store, or no space.
+        """
+        path = Path(path).absolute()
+        root = read_root(path)
+        asked = TeacherRecord(
+            spec=teacher,
+            rows=root.rows,
+            rows_per_shard=default_rows_per_shard(teacher, shard_bytes),
+            images_digest=root.images_digest,
+            views_digest=root.views_digest,
+            finished=False,
+        )
+        folder = path / teacher.name
+        folder.mkdir(exist_ok=True)
+        lock = FolderLock(folder)
+        try:
+            with full_disk_refused(folder, lambda: "No features were written"):
+                return cls(folder, begin_teacher(folder, asked), lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def missing(self) -> list[range]:
+        """Return the row ranges of the shards that are not committed, in order."""
+        return [self._layout.shard_rows(shard) for shard in self._missing]
+
+    def write(
+        self,
+        rows: range,
+        levels: Mapping[str, NDArray[np.floating[Any]]],
+        pooled: NDArray[np.floating[Any]] | None,
+        valid: NDArray[np.bool_],
+    ) -> None:
+        """Write a range given by `missing`, whole or in consecutive parts.
+
+        The shard is committed with its last part; memory is one part, not one shard.
+
+        Args:
+            rows: the rows of this part, all of one shard.
+            levels: (n, H, W, C) of each level by name, any float type.
+            pooled: (n, C) where the teacher has a pooled output, else None.
+            valid: (n,) False where the image is quarantined; such rows are stored as zeros.
+
+        Raises:
+            StoreError: rows out of turn, wrong names or shapes, values that are not finite or
+                exceed float16, or a full disk. The begun shard is dropped, all others are safe.
+        """
+        try:
+            pending = self._turn(rows)
+            arrays = self._encode(rows, levels, pooled, valid)
+            with full_disk_refused(self._folder, self._state):
+                pending.append(arrays, valid)
+                if pending.full:
+                    pending.commit()
+                    self._missing.remove(pending.shard)
+                    self._pending = None
+        except BaseException:
+            self._drop()
+            raise
+
+    def finish(self) -> None:
+        """Merge the statistics of all shards and mark the teacher as finished.
+
+        Raises:
+            UnfinishedStoreError: rows are missing.
+            StoreError: every row is quarantined, or the disk is full.
+        """
+        if missing := self.missing():
+            raise UnfinishedStoreError(
+                f"{sum(map(len, missing))} of {self._record.rows} rows of teacher "
+                f"{self._record.spec.name!r} are not written yet, from row {missing[0].start} on"
+            )
+        if self._record.finished:
+            return
+        with full_disk_refused(self._folder, lambda: "Every shard is safe"):
+            self._write_statistics()
+            self._set_finished(True)
+        _logger.info("finished teacher %s: %d rows", self._record.spec.name, self._record.rows)
+
+    def close(self) -> None:
+        """Drop a begun shard and let other writers in; a second call does nothing."""
+        self._drop()
+        self._lock.release()
+
+    def __enter__(self) -> "FeatureWriter":  # noqa: PYI034  (beartype cannot check Self here)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _turn(self, rows: range) -> PendingShard:
+        """Return the shard that `rows` go to, begun where they are its first."""
+        layout = self._layout
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= self._record.rows:
+            raise StoreError(f"{rows} are no rows of this store, it has {self._record.rows}")
+        shard = rows.start // layout.rows_per_shard
+        if self._pending is None and rows.start == layout.shard_rows(shard).start:
+            if shard not in self._missing:
+                raise StoreError(f"{rows} are written already; ask missing() for what is not")
+            self._set_finished(False)
+            with full_disk_refused(self._folder, self._state):
+                self._pending = PendingShard(self._folder, layout, shard)
+        if self._pending is None or rows.start != self._pending.next_row:
+            expected = "the start of a shard" if self._pending is None else self._pending.next_row
+            raise StoreError(f"{rows} are out of turn: row {expected} comes next")
+        if rows.stop > self._pending.rows.stop:
+            raise StoreError(f"{rows} cross the end of a shard, {self._pending.rows}")
+        return self._pending
+
+    def _encode(
+        self,
+        rows: range,
+        levels: Mapping[str, NDArray[np.floating[Any]]],
+        pooled: NDArray[np.floating[Any]] | None,
+        valid: NDArray[np.bool_],
+    ) -> dict[str, NDArray[np.float16]]:
+        given = dict(levels) if pooled is None else {**levels, GLOBAL: pooled}
+        name = self._record.spec.name
+        features = self._layout.features()
+        if given.keys() != features.keys():
+            raise StoreError(
+                f"teacher {name!r} has {', '.join(features)}; got {', '.join(given) or 'nothing'}"
+            )
+        if valid.shape != (len(rows),):
+            raise StoreError(f"valid must have shape {(len(rows),)}, got {valid.shape}")
+        for level, layout in features.items():
+            if given[level].shape != (len(rows), *layout.shape[1:]):
+                raise StoreError(
+                    f"teacher {name!r}, level {level!r}: expected shape "
+                    f"{(len(rows), *layout.shape[1:])}, got {given[level].shape}"
+                )
+        return {
+            level: encode_float16(
+                given[level], valid, first_row=rows.start, teacher=name, level=level
+            )
+            for level in features
+        }
+
+    def _state(self) -> str:
+        features = self._layout.features().values()
+        needed = sum(array.file_bytes(shard) for array in features for shard in self._missing)
+        return (
+            f"Teacher {self._record.spec.name!r} still needs {needed / 2**20:,.1f} MiB; "
+            f"{self._layout.shards - len(self._missing)} of {self._layout.shards} shards are safe"
+        )
+
+    def _write_statistics(self) -> None:
+        layout = self._layout
+        for level, moments in merge_shards(self._folder, layout).items():
+            if moments.count == 0:
+                raise StoreError(
+                    f"every image of teacher {layout.spec.name!r} is quarantined; nothing to finish"
+                )
+            statistics = moments.statistics()
+            for name, array in layout.statistics(level).items():
+                write_array(self._folder, array, np.asarray(getattr(statistics, name)))
+        for path, document in layout.statistics_documents().items():
+            write_document(self._folder / path, document)
+
+    def _set_finished(self, finished: bool) -> None:
+        if self._record.finished != finished:
+            self._record = dataclasses.replace(self._record, finished=finished)
+            write_record(self._folder, self._record)
+
+    def _drop(self) -> None:
+        if self._pending is not None:
+            self._pending.discard()
+            self._pending = None

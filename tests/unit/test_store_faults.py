@@ -1,0 +1,408 @@
+"""Kills, full disks, torn and altered files, second writers: nothing lost, nothing wrong read."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from store.errors import (
+    StoreDamagedError,
+    StoreError,
+    StoreFormatError,
+    StoreLockedError,
+    StoreMismatchError,
+    UnfinishedStoreError,
+)
+from store.reader import FeatureStore
+from store.testing import (
+    sample_features,
+    sample_images,
+    sample_shard_bytes,
+    sample_teacher,
+    sample_views,
+    write_rows,
+    write_store,
+)
+from store.writer import FeatureWriter, create_store
+
+SPEC = sample_teacher()
+ROWS = 6
+SHARD_BYTES = sample_shard_bytes(SPEC, 4)
+DATA = "small/stage_1/native/c.0.0.0.0"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def make(path: Path) -> None:
+    write_store(path, sample_images(ROWS), SPEC)
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    store = FeatureStore(path)
+    assert len(store.images) == len(store.views) == ROWS
+    values = {level: store.read("small", level, range(ROWS)) for level in store.levels("small")}
+    for level in ("stage_1", "stage_2"):
+        values[f"mean of {level}"] = store.statistics("small", level).mean
+        values[f"variance of {level}"] = store.statistics("small", level).variance
+    return values
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    make(tmp_path / "store")
+    return tmp_path / "store"
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from store.testing import *
+folder = Path(sys.argv[1])
+calls = 0
+
+def run(path, kill_at):
+    def counted(name):
+        real = getattr(os, name)
+        def call(*arguments, **options):
+            global calls
+            calls += 1
+            if calls == kill_at:
+                if name == "write":  # a torn write
+                    real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None if name == "fsync" else real(*arguments, **options)
+        setattr(os, name, call)
+    for name in ("write", "fsync", "replace", "unlink"):
+        counted(name)
+    write_store(path, sample_images(6), sample_teacher())
+
+for number in range(1, 10_000, 3):  # each file takes four calls, so all four are hit
+    child = os.fork()
+    if child == 0:
+        run(folder / str(number), number)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+print(number)
+"""
+
+
+def test_killed_at_any_moment_and_resumed_equals_an_uninterrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    moments = int(done.stdout)
+    assert moments > 100
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    whole = tree(tmp_path / str(moments))
+    left = {"finished": 0, "shards": 0}
+    for moment in range(1, moments, 3):
+        path = tmp_path / str(moment)
+        left["shards"] += any(path.glob("small/valid/c.*"))
+        if (path / "small").exists():
+            assert FeatureStore(path).unfinished in ((), ("small",))
+            left["finished"] += "small" in FeatureStore(path).teachers
+        make(path)
+        assert tree(path) == whole, f"killed at call {moment}"
+        shutil.rmtree(path)
+    assert left["shards"] > 10  # the kills did fall between commits,
+    assert left["finished"] < 5  # and hardly any after the finished mark
+
+
+def test_the_commit_mark_is_placed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[str] = []
+    real = os.replace
+
+    def replace_and_note(source: Path, target: Path) -> None:
+        placed.append(str(Path(target).relative_to(tmp_path / "small")))
+        real(source, target)
+
+    create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
+    with FeatureWriter.open(tmp_path, SPEC, SHARD_BYTES) as writer:
+        monkeypatch.setattr(os, "replace", replace_and_note)
+        write_rows(writer, SPEC, range(4))
+    features = {"stage_1/native/c.0.0.0.0", "stage_2/native/c.0.0.0.0", "global/c.0.0"}
+    assert set(placed[:3]) == features
+    assert placed[3:] == ["commit/digest/c.0.0.0", "commit/statistics/c.0.0.0", "valid/c.0"]
+
+
+def test_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
+    create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
+    code = (
+        "import sys, time; from store.testing import *; from store.writer import FeatureWriter\n"
+        "w = FeatureWriter.open(sys.argv[1], sample_teacher()); print('open', flush=True)\n"
+        "time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == b"open\n"
+            with pytest.raises(StoreLockedError, match=r"another process is writing .*small"):
+                FeatureWriter.open(tmp_path, SPEC)
+            with FeatureWriter.open(tmp_path, sample_teacher("second")):
+                pass  # another teacher is another lock
+        finally:
+            other.kill()
+    with FeatureWriter.open(tmp_path, SPEC) as writer:
+        assert writer.missing() == [range(ROWS)]
+        with pytest.raises(StoreLockedError):
+            FeatureWriter.open(tmp_path, SPEC)
+    FeatureWriter.open(tmp_path, SPEC).close()
+
+
+def test_no_flipped_byte_is_ever_returned(path: Path) -> None:
+    expected = read_all(path)
+    generator = np.random.default_rng(0)
+    refused = 0
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    for file in files:
+        original = file.read_bytes()
+        for position in generator.integers(0, len(original), 4):
+            flipped = bytearray(original)
+            flipped[position] ^= 1 << int(generator.integers(8))
+            file.write_bytes(flipped)
+            try:
+                for name, values in read_all(path).items():
+                    np.testing.assert_array_equal(values, expected[name], err_msg=str(file))
+            except StoreError:
+                refused += 1
+        file.write_bytes(original)
+    assert refused > 2 * len(files)
+
+
+@pytest.mark.parametrize("offset", [0, 100, 147, -5, -1])
+def test_flipped_byte_of_a_shard_is_named(path: Path, offset: int) -> None:
+    data = bytearray((path / DATA).read_bytes())
+    data[offset] ^= 0x10
+    (path / DATA).write_bytes(data)
+    with pytest.raises(StoreDamagedError, match=r"c\.0\.0\.0\.0 is damaged.*extract-teachers"):
+        FeatureStore(path).read("small", "stage_1", [0])
+
+
+@pytest.mark.parametrize("damage", ["remove", "shorten"])
+@pytest.mark.parametrize("name", [DATA, "small/global/c.0.0", "small/valid/c.0"])
+def test_lost_shard_is_refused_and_computed_again(path: Path, name: str, damage: str) -> None:
+    whole = tree(path)
+    if damage == "remove":
+        (path / name).unlink()
+    else:
+        os.truncate(path / name, 3)
+    with pytest.raises(StoreDamagedError, match=r"missing from the store|should have"):
+        read_all(path)
+    with FeatureWriter.open(path, SPEC) as writer:
+        assert writer.missing() == [range(4)]
+        write_rows(writer, SPEC, range(4))
+        with pytest.raises(UnfinishedStoreError):
+            FeatureStore(path).valid("small")
+        writer.finish()
+    assert tree(path) == whole
+
+
+def test_a_failed_write_drops_its_shard_only(tmp_path: Path) -> None:
+    create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
+    with FeatureWriter.open(tmp_path, SPEC, SHARD_BYTES) as writer:
+        write_rows(writer, SPEC, range(4, 6))
+        write_rows(writer, SPEC, range(2))
+    assert not list(tmp_path.rglob("*.partial"))
+    with FeatureWriter.open(tmp_path, SPEC) as writer:
+        assert writer.missing() == [range(4)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_says_what_is_safe_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = tmp_path / "store"
+    create_store(path, sample_images(ROWS), sample_views(ROWS))
+    real = os.write
+    left = 10**9
+
+    def write(descriptor: int, data: memoryview) -> int:
+        nonlocal left
+        if len(data) > left:
+            raise OSError(code, os.strerror(code))
+        left -= len(data)
+        return real(descriptor, data)
+
+    with FeatureWriter.open(path, SPEC, SHARD_BYTES) as writer:
+        write_rows(writer, SPEC, range(4))
+        monkeypatch.setattr(os, "write", write)
+        left = 400
+        with pytest.raises(
+            StoreError, match=r"no space left .*still needs 0\.0 MiB; 1 of 2 shards are safe.*again"
+        ):
+            write_rows(writer, SPEC, range(4, 6))
+        assert not list(path.rglob("*.partial"))
+        monkeypatch.undo()
+    make(path)
+    make(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def test_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from store.testing import *\n"
+        "from store.errors import StoreError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "try: write_store(Path(sys.argv[1]), sample_images(40), sample_teacher(), "
+        "rows_per_shard=20)\n"
+        "except StoreError as error: print(error)"
+    )
+    for limit, message in ((700, "Nothing was written"), (3000, "0 of 2 shards are safe")):
+        command = [sys.executable, "-c", code, str(tmp_path / "store"), str(limit)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert "no space left" in done.stdout
+        assert message in done.stdout
+    assert not list(tmp_path.rglob("*.partial"))
+    for name in ("store", "whole"):
+        write_store(tmp_path / name, sample_images(40), SPEC, rows_per_shard=20)
+    assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+
+
+def test_other_images_are_refused_with_what_differs(path: Path) -> None:
+    images = sample_images(ROWS + 1)
+    with pytest.raises(StoreMismatchError) as caught:
+        create_store(path, images, sample_views(ROWS + 1))
+    assert "images: store has 6, asked for 7" in str(caught.value)
+    assert "1 images not in the store, such as 'room/0006-é'" in str(caught.value)
+    swapped = (images.ids[1], images.ids[0], *images.ids[2:ROWS])
+    with pytest.raises(StoreMismatchError, match="first difference in ids, image 0"):
+        create_store(path, replace(sample_images(ROWS), ids=swapped), sample_views(ROWS))
+
+
+def test_other_teacher_of_the_same_name_is_refused_with_what_differs(path: Path) -> None:
+    other = sample_teacher(weights_sha256="cd" * 32, precision="bf16")
+    with pytest.raises(StoreMismatchError) as caught:
+        FeatureWriter.open(path, other)
+    assert f"spec.provenance.weights_sha256: store has '{'ab' * 32}'" in str(caught.value)
+    assert "precision: store has '(absent)', asked for 'bf16'" in str(caught.value)
+    assert f"delete {path / 'small'} to extract it anew" in str(caught.value)
+    with FeatureWriter.open(path, SPEC) as writer:  # the refusal let the lock go
+        assert writer.missing() == []
+
+
+def test_teacher_left_from_other_images_is_refused(path: Path) -> None:
+    for name in ("images", "views"):
+        shutil.rmtree(path / name)
+    (path / "zarr.json").unlink()
+    create_store(path, sample_images(ROWS, quarantined=[1]), sample_views(ROWS))
+    store = FeatureStore(path)
+    assert dict(store.teachers) == {}
+    with pytest.raises(StoreMismatchError, match="extracted for other images or views"):
+        store.read("small", "stage_1", [0])
+    with pytest.raises(StoreMismatchError, match="images_digest"):
+        FeatureWriter.open(path, SPEC)
+
+
+def test_features_without_their_description_are_not_trusted(path: Path) -> None:
+    (path / "small" / "zarr.json").unlink()
+    with FeatureWriter.open(path, sample_teacher(weights_sha256="cd" * 32)) as writer:
+        assert sum(map(len, writer.missing())) == ROWS
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "small/zarr.json"])
+def test_other_formats_are_refused_with_advice(path: Path, name: str) -> None:
+    edit(path / name, lambda document: document["attributes"].update(format_version=2))
+    with pytest.raises(StoreFormatError, match=r"format version 2, this release reads 1; upgrade"):
+        FeatureStore(path)
+    edit(path / name, lambda document: document["attributes"].pop("format"))
+    with pytest.raises(StoreFormatError, match="not of a feature store"):
+        FeatureStore(path)
+
+
+def test_no_store_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no feature store at"):
+        FeatureStore(tmp_path / "nowhere")
+    with pytest.raises(StoreFormatError, match=r"it has no zarr\.json"):
+        FeatureStore(tmp_path)
+    with pytest.raises(StoreError, match="there is no feature store at"):
+        FeatureWriter.open(tmp_path / "nowhere", SPEC)
+
+
+HUGE = 10**15
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("small/stage_1/native/zarr.json", lambda d: d.update(shape=[ROWS, HUGE, 4, 6])),
+        ("small/stage_1/native/zarr.json", lambda d: d.update(data_type="float64")),
+        ("small/stage_1/native/zarr.json", lambda d: d.update(codecs=[])),
+        ("small/zarr.json", lambda d: d["attributes"].update(rows_per_shard=HUGE)),
+        ("small/zarr.json", lambda d: d["attributes"].update(rows=HUGE)),
+        ("small/zarr.json", lambda d: d["attributes"].update(rows=True)),
+        ("small/zarr.json", lambda d: d["attributes"]["spec"].update(name="../../etc")),
+        ("small/zarr.json", lambda d: d["attributes"]["spec"].update(name="other")),
+        ("small/zarr.json", lambda d: d["attributes"]["spec"]["levels"].clear()),
+        ("small/zarr.json", lambda d: d["attributes"].update(spec=[])),
+        ("zarr.json", lambda d: d["attributes"].update(images=HUGE)),
+        ("zarr.json", lambda d: d["attributes"].update(image_size=[1])),
+        ("zarr.json", lambda d: d.update(zarr_format=2)),
+        ("images/id/zarr.json", lambda d: d.update(shape=[ROWS, HUGE])),
+        ("images/id/zarr.json", lambda d: d.update(shape="all")),
+    ],
+)
+def test_hostile_metadata_is_refused(
+    path: Path, name: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit(path / name, change)
+    with pytest.raises(StoreError):
+        read_all(path)
+
+
+def test_a_consistent_lie_about_the_grid_is_refused_before_allocating(path: Path) -> None:
+    level = replace(SPEC.levels[0], grid=(HUGE, HUGE))
+    lie = replace(SPEC, levels=(level, *SPEC.levels[1:]))
+
+    def change(document: dict[str, Any]) -> None:
+        document["attributes"].update(spec=lie.to_attributes(), fingerprint=lie.fingerprint())
+
+    edit(path / "small" / "zarr.json", change)
+    array = path / "small" / "stage_1" / "native" / "zarr.json"
+    shape = [HUGE, HUGE, 6]
+
+    def reshape(document: dict[str, Any]) -> None:
+        document["shape"][1:] = shape
+        document["chunk_grid"]["configuration"]["chunk_shape"][1:] = shape
+        document["codecs"][0]["configuration"]["chunk_shape"][1:] = shape
+
+    edit(array, reshape)
+    with pytest.raises(StoreDamagedError, match="it should have"):
+        FeatureStore(path).read("small", "stage_1", [0])
+
+
+def test_broken_json_is_refused(path: Path) -> None:
+    for text in (b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000):
+        (path / "small" / "zarr.json").write_bytes(text)
+        with pytest.raises(StoreDamagedError, match="JSON"):
+            FeatureStore(path)
+
+
+def test_features_read_back_are_the_sample(path: Path) -> None:
+    expected = sample_features(SPEC, range(ROWS))["stage_1"].astype(np.float16)
+    np.testing.assert_array_equal(read_all(path)["stage_1"], expected)
