@@ -1,0 +1,96 @@
+"""What a person may set for the student and its training; checked before any weight is made."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+RESERVED_MODEL_ARGS = frozenset({"img_size", "dynamic_img_size", "num_classes", "pretrained"})
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class StudentConfig(_Config):
+    """The student: a timm ViT as stem, plus what is added to it."""
+
+    model: str
+    """Name of a timm VisionTransformer, e.g. `vit_base_patch16_384`."""
+    model_args: dict[str, Any] = {}
+    """Extra arguments of that model, e.g. `{patch_size: 8, embed_dim: 96}`."""
+    levels: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(strict=False)] = 4
+    """Number of evenly spaced blocks that are tapped, or their zero-based indices."""
+    adapter_ratio: int = Field(default=4, ge=1)
+    """Stem width over the hidden width of an adapter."""
+    router: Literal["sak", "sum"] = "sak"
+    """`sak`: Mixture-of-Representations; `sum`: plain sum of the experts (ablation)."""
+    pretrained: bool = False
+    """Start the stem from timm's weights on the Hugging Face hub."""
+    checkpoint: Path | None = Field(default=None, strict=False)
+    """Start the stem from this file (safetensors, or a torch state dict)."""
+
+    @field_validator("model_args")
+    @classmethod
+    def _no_reserved_argument(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(RESERVED_MODEL_ARGS & value.keys()):
+            raise ValueError(f"{taken} are set by the project itself; remove them")
+        return value
+
+    @field_validator("levels")
+    @classmethod
+    def _ascending_levels(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(value, tuple):
+            ascending = all(low < high for low, high in pairwise(value))
+            if not value or value[0] < 0 or not ascending:
+                raise ValueError(f"expected ascending zero-based block indices, got {list(value)}")
+        return value
+
+
+class PhaseConfig(_Config):
+    """One training phase, `distill` or `multitask`."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps of the whole run; the schedule ends here."""
+    batch_size: int = Field(default=16, ge=1)
+    """Images per step."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    learning_rate_start: float = Field(default=1.25e-7, ge=0)
+    """Learning rate of the first warm-up step."""
+    learning_rate_min: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the cosine schedule (the polynomial one ends at 0)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay, on all parameters."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """Shape after warm-up, per step: half cosine, or (1 - progress) ** 0.9."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    gradient_clip: float | None = Field(default=None, gt=0)
+    """Largest allowed norm of the gradient; none means no clipping."""
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the distillation loss; 0 trains without teachers' features."""
+    jitter: bool = True
+    """Photometric jitter of the student's image; teachers saw the clean one."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps averaged in one row of `log.csv`."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints; the last step always writes one."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that load data; 0 loads in the training process."""
+    cache_megabytes: int = Field(default=1024, ge=0)
+    """Memory per loading process for decoded images and labels; 0 decodes every time."""
+
+
+class RuntimeConfig(_Config):
+    """Where and how to compute."""
+
+    device: str = "auto"
+    """`auto` (a GPU when there is one), or a torch device such as `cpu` or `cuda:1`."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward pass; weights and losses stay float32."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, order of images, jitter and router noise."""

@@ -1,0 +1,49 @@
+"""`log.csv` of a run: one row per window of steps, safe to continue after a crash."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.train.files import write_atomically
+
+
+class TrainingLog:
+    """Appends rows to a CSV file whose columns are fixed by its first row.
+
+    Opening it at a step drops the rows of later steps, and a row cut short by a crash.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self._path = path
+        rows = _rows_until(path, resumed_step)
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        write_atomically(path, lambda temporary: _write_text(temporary, text.getvalue()))
+        self._columns = rows[0] if rows else []
+        self.last: dict[str, float] = {}
+        """The newest row; empty before the first."""
+        if len(rows) > 1:
+            self.last = dict(zip(self._columns, map(float, rows[-1]), strict=True))
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Write one row; the first one decides the columns."""
+        with self._path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if not self._columns:
+                self._columns = list(row)
+                writer.writerow(self._columns)
+            writer.writerow([f"{row[column]:.9g}" for column in self._columns])
+        self.last = dict(row)
+
+
+def _rows_until(path: Path, step: int) -> list[list[str]]:
+    if step == 0 or not path.is_file():
+        return []
+    whole_lines = path.read_text().rpartition("\n")[0].splitlines()
+    header, *rows = list(csv.reader(whole_lines)) or [[]]
+    return [header, *(row for row in rows if int(row[0]) <= step)]
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, newline="")

@@ -1,0 +1,222 @@
+"""The target stream: images, labels and cached teacher features, joined by image id.
+
+Shapes: `B` batch, `H W` image pixels, `h w` a teacher's grid, `C` its channels.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from stages.data.dataset import Dataset
+from stages.data.images import decode_image
+from stages.data.view import Box, view_image
+from stages.train.jitter import image_generator, jitter
+from stages.train.sampling import Draw, StepSampler
+from store.reader import FeatureStore
+
+MEGABYTE = 1 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class StreamError(ValueError):
+    """There is nothing to train on, or the data cannot serve what is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step needs."""
+
+    ids: tuple[str, ...]
+    images: Tensor
+    """`B 3 H W` float32, jittered and normalised."""
+    labels: dict[str, Tensor]
+    """Per task `B H W` (normals `B 3 H W`), in the dtype of the data set."""
+    targets: dict[str, list[Tensor]]
+    """Per teacher, per level: `B h w C` float16 as stored."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy everything to a device; the copy overlaps with computing where it can."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Move everything to page-locked memory; the data loader calls this by name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            ids=self.ids,
+            images=change(self.images),
+            labels={name: change(label) for name, label in self.labels.items()},
+            targets={
+                name: [change(level) for level in levels] for name, levels in self.targets.items()
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpec:
+    """What to read and how to prepare it."""
+
+    ids: tuple[str, ...]
+    teachers: tuple[str, ...]
+    tasks: tuple[str, ...]
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    jitter: bool
+    seed: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """View 0 of an image and its labels, decoded and resized."""
+
+    image: Tensor
+    labels: Mapping[str, Tensor]
+
+    def bytes(self) -> int:
+        return self.image.nbytes + sum(label.nbytes for label in self.labels.values())
+
+
+@dataclass(slots=True, kw_only=True)
+class _ViewCache:
+    """Keeps the first views it is given, up to a limit; each loading process has its own."""
+
+    limit: int
+    used: int = 0
+    views: dict[str, _View] = field(default_factory=dict)
+
+    def put(self, image_id: str, view: _View) -> None:
+        if self.used + view.bytes() <= self.limit:
+            self.used += view.bytes()
+            self.views[image_id] = view
+
+
+class TargetStream(TorchDataset[Batch]):
+    """Makes whole batches out of draws; only asked tasks, teachers and levels are read."""
+
+    def __init__(self, spec: StreamSpec, dataset: Dataset, store: FeatureStore) -> None:
+        self.spec = spec
+        self._dataset, self._store = dataset.with_tasks(spec.tasks), store
+        self._levels = {
+            name: [level.name for level in store.teachers[name].levels] for name in spec.teachers
+        }
+        self._cache = _ViewCache(limit=spec.cache_bytes)
+        self._mean = torch.tensor(spec.mean).view(3, 1, 1)
+        self._std = torch.tensor(spec.std).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.spec.ids)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """Return the batch of these draws; the data loader calls this by name."""
+        ids = tuple(self.spec.ids[draw.index] for draw in draws)
+        views = [self._view(image_id) for image_id in ids]
+        images = [
+            self._prepared(view.image, draw.epoch, image_id)
+            for view, draw, image_id in zip(views, draws, ids, strict=True)
+        ]
+        labels = {
+            task: torch.stack([view.labels[task] for view in views]) for task in self.spec.tasks
+        }
+        return Batch(ids=ids, images=torch.stack(images), labels=labels, targets=self._targets(ids))
+
+    def _targets(self, ids: Sequence[str]) -> dict[str, list[Tensor]]:
+        rows = [self._store.row(image_id) for image_id in ids]
+        return {
+            name: [torch.from_numpy(self._store.read(name, level, rows)) for level in levels]
+            for name, levels in self._levels.items()
+        }
+
+    def _prepared(self, image: Tensor, epoch: int, image_id: str) -> Tensor:
+        pixels = image.float() / 255
+        if self.spec.jitter:
+            pixels = jitter(pixels, image_generator(self.spec.seed, epoch, image_id))
+        return (pixels - self._mean) / self._std
+
+    def _view(self, image_id: str) -> _View:
+        view = self._cache.views.get(image_id)
+        if view is None:
+            view = self._read_view(image_id)
+            self._cache.put(image_id, view)
+        return view
+
+    def _read_view(self, image_id: str) -> _View:
+        size = self.spec.image_size
+        pixels = decode_image(self._dataset.path(image_id))
+        image = np.moveaxis(view_image(pixels, self._box(image_id), size), -1, 0)
+        labels = self._dataset.labels(image_id, size) if self.spec.tasks else {}
+        return _View(
+            image=torch.from_numpy(np.array(image, order="C")),
+            labels={task: _label_tensor(labels[task]) for task in self.spec.tasks},
+        )
+
+    def _box(self, image_id: str) -> Box:
+        """Take view 0 from the store, so that the student sees what the teachers saw."""
+        box = self._store.views.boxes[self._store.row(image_id)]
+        top, left, height, width = (round(float(side)) for side in box)
+        return Box(top=top, left=left, height=height, width=width)
+
+
+def _label_tensor(label: npt.NDArray[Any]) -> Tensor:
+    """Move the channels of an `H W 3` label to the front."""
+    channels_first = np.moveaxis(label, -1, 0) if label.ndim == 3 else label
+    return torch.from_numpy(np.ascontiguousarray(channels_first))
+
+
+def usable_ids(
+    dataset: Dataset, split: str, store: FeatureStore, teachers: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the images of a split that are readable and have features of every teacher.
+
+    Raises:
+        StreamError: no image is left.
+        SourceError: the data has no such split.
+    """
+    listed = dataset.split(split)
+    valid = np.array([status == "ok" for status in store.images.statuses])
+    for name in teachers:
+        valid &= np.asarray(store.valid(name), dtype=bool)
+    ids = tuple(image_id for image_id in listed if valid[store.row(image_id)])
+    if left_out := len(listed) - len(ids):
+        logger.warning("%d of %d images of %r are not usable", left_out, len(listed), split)
+    if not ids:
+        raise StreamError(
+            f"none of the {len(listed)} images of split {split!r} is usable; "
+            "`sak inspect` shows why they were quarantined"
+        )
+    return ids
+
+
+def batches(
+    stream: TargetStream, *, batch_size: int, start: int, stop: int, workers: int, pin: bool
+) -> Iterator[Batch]:
+    """Iterate over the batches of steps `start` (inclusive) to `stop` (exclusive)."""
+    sampler = StepSampler(
+        images=len(stream), batch_size=batch_size, seed=stream.spec.seed, start=start, stop=stop
+    )
+    loader = DataLoader(
+        stream,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin,
+        multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # else the loader draws from the global one, unlike a resume
+    )
+    return iter(loader)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
