@@ -1,0 +1,123 @@
+"""The `sak` command: every function loads the parameters, calls one step and shows its result."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import console
+from pipeline.mistakes import GuardedGroup
+
+app = typer.Typer(
+    name="sak",
+    cls=GuardedGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil several frozen vision models into one student, through a store of their features.",
+    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 130 interrupted.",
+)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, no table.")]
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+@app.command(epilog="Example: sak index --params params.yaml")
+def index(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
+    """List and check the images, render them first for the scenes recipe, and open the store."""
+    from pipeline import steps
+    from pipeline.params import load_params
+
+    with console.progress_bar(not as_json) as bar:
+        result = steps.index(load_params(params), bar)
+    rows = [[name, value] for name, value in dataclasses.asdict(result).items()]
+    console.show("image set", ["what", "value"], rows, dataclasses.asdict(result), as_json)
+
+
+@app.command("extract-teachers", epilog="Example: sak extract-teachers dinov2 clip")
+def extract_teachers(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Teachers of the parameter file; all when left out.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option(help="Delete features that were written under other settings.")
+    ] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """Stage one: run each frozen teacher once over every image and write its features."""
+    from pipeline import steps
+    from pipeline.params import load_params
+
+    with console.progress_bar(not as_json) as bar:
+        results = steps.extract_teachers(load_params(params), names or [], replace, bar)
+    data = {"teachers": [dataclasses.asdict(result) for result in results]}
+    columns = [field.name for field in dataclasses.fields(results[0])]
+    rows = [list(dataclasses.astuple(result)) for result in results]
+    console.show("extracted teachers", columns, rows, data, as_json)
+
+
+@app.command("train-student", epilog="Example: sak train-student distill")
+def train_student(
+    phase: Annotated[
+        str, typer.Argument(help="distill, multitask, baseline (no distillation) or single-task.")
+    ],
+    task: Annotated[str | None, typer.Option(help="The task of a single-task run.")] = None,
+    restart: Annotated[
+        bool, typer.Option(help="Delete a checkpoint of other settings and begin anew.")
+    ] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """Stage two: train the student from the store; a killed run goes on where it stopped."""
+    from pipeline import steps
+    from pipeline.params import load_params
+
+    with console.progress_bar(not as_json) as bar:
+        result = steps.train_student(load_params(params), phase, task, restart, bar)
+    data = dataclasses.asdict(result)
+    console.show(f"trained: {phase}", ["what", "value"], list(data.items()), data, as_json)
+
+
+@app.command(epilog="Example: sak evaluate --json")
+def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
+    """Measure every finished run on the validation split and compare the runs."""
+    from pipeline import evaluation
+    from pipeline.params import load_params
+
+    with console.progress_bar(not as_json) as bar:
+        result = evaluation.evaluate(load_params(params), bar)
+    console.show("validation", result.columns, result.rows, result.data, as_json, result.remarks)
+
+
+@app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a store holds: teachers, levels, grids, bytes, coverage, provenance."""
+    from pipeline import tables
+
+    result = tables.inspect(store)
+    console.show(str(store), result.columns, result.rows, result.data, as_json, result.remarks)
+
+
+@app.command(epilog="Example: sak probe --json")
+def probe(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
+    """Linear probe per teacher, level and task, straight from the store."""
+    from pipeline import tables
+    from pipeline.params import load_params
+
+    with console.progress_bar(not as_json) as bar:
+        result = tables.probe(load_params(params), bar)
+    console.show("linear probe", result.columns, result.rows, result.data, as_json, result.remarks)
+
+
+@app.command(epilog="Example: sak teachers")
+def teachers(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
+    """List teachers by name, with the line that asks for each in the parameter file."""
+    from pipeline import tables
+
+    result = tables.teachers(params)
+    console.show("teachers", result.columns, result.rows, result.data, as_json, result.remarks)

@@ -1,0 +1,38 @@
+"""What becomes of an exception: a user's mistake is a message, a fault of ours keeps its traceback."""
+
+from typing import Any
+
+from typer import Exit
+from typer.core import TyperGroup
+
+from pipeline import console
+
+OUR_PACKAGES = {"pipeline", "stages", "store"}
+INTERRUPTED = "interrupted; finished work is safe and the same command goes on from there"
+
+
+def user_message(error: BaseException) -> str | None:
+    """Text to show for a user's mistake, or None when the error is a fault of ours.
+
+    Our own error classes are raised for users only; a plain ValueError out of a library is a bug.
+    """
+    ours = type(error).__module__.partition(".")[0] in OUR_PACKAGES
+    return str(error) if ours or isinstance(error, OSError) else None
+
+
+class GuardedGroup(TyperGroup):
+    """Turns a user's mistake into exit code 2 and an interruption into 130."""
+
+    def invoke(self, ctx: Any) -> object:
+        """Run the command line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.fail(INTERRUPTED)
+            raise Exit(130) from None
+        except (ValueError, OSError) as error:
+            message = user_message(error)
+            if message is None:
+                raise
+            console.fail(message)
+            raise Exit(2) from error

@@ -1,0 +1,71 @@
+"""What a person sets about teachers and about their extraction; read by the command line."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+_Size = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)
+]
+
+
+class TeacherConfig(BaseModel):
+    """One frozen teacher: which network, which weights, what it sees and what is kept."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    source: Annotated[str, Field(pattern=r"^(timm|open_clip):[^\s/]+(/[^\s/]+)?$")]
+    """`timm:<model>[.tag]`, or `open_clip:<model>/<tag>` (the tag may go when `checkpoint` is set)."""
+
+    checkpoint: Literal["random"] | Annotated[Path, Field(strict=False)] | None = None
+    """Local weights: safetensors, or any file that torch.load(weights_only=True) reads. Without it
+    the library downloads its own from the Hugging Face hub. `random` builds seeded random weights,
+    for tests and timings only."""
+
+    model_args: dict[str, Any] = {}
+    """Arguments for the library's constructor, such as `output_stride: 16`. `img_size` is the size
+    that the checkpoint was trained at, where that differs from the model's own."""
+
+    levels: (
+        Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
+    ) = 4
+    """How many levels (evenly spaced blocks of a transformer, the last stages of a hierarchical
+    network), or the zero-based indices of blocks or stages, ascending."""
+
+    input_size: Literal["view", "native"] | _Size = "view"
+    """What the network sees: `view` = the student's view, resized to the nearest multiple of the
+    patch or stride; `native` = the model's own size, aspect kept, padding cut from the grid;
+    or [height, width] in pixels, rounded likewise."""
+
+    mean: _Triple | None = None
+    """Per-channel mean of the pixels, scaled to 0..1; default: what the library states."""
+
+    std: _Triple | None = None
+    """Per-channel standard deviation of the pixels, scaled to 0..1; default: the library's."""
+
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None
+    """How images are resized; default: what the library states."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; features are stored as float16 whatever this says."""
+
+
+class ExtractConfig(BaseModel):
+    """How extraction runs; nothing here changes what the features are, batch size aside."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Images per forward pass. Another size may change features in the last bits."""
+
+    shard_megabytes: Annotated[int, Field(ge=1)] = 128
+    """Size of a shard file in MiB: the unit that is written, resumed and checked as a whole."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """`auto` takes a CUDA device where there is one; else `cpu`, `cuda`, `cuda:1`, `mps`."""

@@ -1,0 +1,66 @@
+"""From a decoded image to a teacher's input: each teacher has its own size, mean and std."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from stages.data.view import Box, Resample, view_image, whole_image_box
+from stages.extract.geometry import InputFrame
+
+_PROBE_SIZE = (61, 83)  # rows, columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """Resize without cropping, scale to 0..1, subtract `mean`, divide by `std`, pad with zeros."""
+
+    frame: InputFrame
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Resample
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
+    ) -> Float32[Tensor, "3 H W"]:
+        """Return the teacher's input for the part `box` of an RGB image.
+
+        Padding is zero after normalisation, that is the teacher's mean colour, as SAM does it.
+        """
+        pixels = view_image(image, box, self.frame.content, self.interpolation)
+        # a copy: Pillow's pixels are read-only, which torch warns about
+        scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        (height, width), (content_height, content_width) = self.frame.size, self.frame.content
+        return functional.pad(
+            (scaled - mean) / std, (0, width - content_width, 0, height - content_height)
+        )
+
+
+def probe_image() -> UInt8[np.ndarray, "61 83 3"]:
+    """Return the fixed image whose preprocessed form is hashed: gradients over a checkerboard."""
+    rows, columns = np.indices(_PROBE_SIZE)
+    checker = (rows // 7 + columns // 5) % 2 * 96
+    channels = (rows * 159 // 60 + checker, columns * 159 // 82 + checker, 255 - 2 * rows - columns)
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def probe_box(view: tuple[int, int]) -> Box:
+    """Return the part of the probe image that a view of this shape (height, width) shows."""
+    return whole_image_box(*_PROBE_SIZE, view)
+
+
+def probe_digest(preprocessing: Preprocessing, view: tuple[int, int]) -> str:
+    """Return a SHA-256 in hexadecimal of what the probe image becomes, to 4 decimals.
+
+    It changes with whatever changes the result (a library's resize, a mean, our own code), and so
+    catches what a list of settings would miss.
+    """
+    result = preprocessing(probe_image(), probe_box(view))
+    rounded = np.round(result.numpy().astype(np.float64), 4) + 0.0  # no negative zeros
+    head = repr(rounded.shape).encode()
+    return hashlib.sha256(head + rounded.astype("<f4").tobytes()).hexdigest()

@@ -1,0 +1,134 @@
+"""Images to an evaluated student through the commands a person types."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dask.array
+import numpy as np
+import pytest
+import torch
+import xarray
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.params import load_params
+from stages.data.dataset import open_dataset
+from stages.data.images import decode_image
+from stages.data.view import whole_image_box
+from stages.extract.teachers import load_teacher
+from store.reader import FeatureStore
+
+
+def sak(*arguments: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def sak_json(*arguments: str | Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(sak(*arguments, "--json"))
+    return loaded
+
+
+def edit(path: Path, **changes: Any) -> None:
+    params = yaml.safe_load(path.read_text())
+    params.update(changes)
+    path.write_text(yaml.safe_dump(params))
+
+
+def test_whole_path_and_what_it_leaves(tiny_params: Path) -> None:
+    options = ("--params", tiny_params)
+    params = load_params(tiny_params)
+    assert sak_json("index", *options)["images"] == 9
+    extracted = sak_json("extract-teachers", *options)["teachers"]
+    assert [entry["images"] for entry in extracted] == [9, 9]
+    again = sak_json("extract-teachers", *options)["teachers"]
+    assert [entry["images"] for entry in again] == [0, 0]
+    _assert_store_equals_live_teacher(params.store, tiny_params)
+
+    assert sak_json("train-student", "distill", *options)["steps"] == 3
+    sak_json("train-student", "multitask", *options)
+    sak_json("train-student", "baseline", *options)
+    for task in params.tasks:
+        sak_json("train-student", "single-task", "--task", task, *options)
+    result = sak_json("evaluate", *options)
+    assert set(result["runs"]) == {"single-task", "multi-task, not distilled", "SAK student"}
+    assert result["runs"]["single-task"]["delta_m"] == pytest.approx(0)
+    assert result["tasks_counted"] == ["segmentation", "depth"]
+    assert json.loads((params.report / "metrics.json").read_text()) == result
+    assert "| SAK student |" in (params.report / "metrics.md").read_text()
+    for name in ("multitask", "multitask-routers", "baseline"):
+        assert (params.report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    store = sak_json("inspect", params.store)
+    assert [teacher["name"] for teacher in store["teachers"]] == ["first", "second"]
+    assert all(teacher["coverage"] == 1 for teacher in store["teachers"])
+    assert sak_json("probe", *options)["images"] == {"train": 6, "val": 3}
+
+    edit(tiny_params, distill={"steps": 3, "batch_size": 2, "learning_rate": 0.5})
+    refused = sak("train-student", "distill", *options, code=2)
+    assert "learning_rate" in refused
+    assert "Traceback" not in refused
+    restarted = sak_json("train-student", "distill", "--restart", *options)
+    assert restarted["resumed_at"] == 0
+
+
+def _assert_store_equals_live_teacher(path: Path, params_file: Path) -> None:
+    params = load_params(params_file)
+    dataset = open_dataset(params.data)
+    store = FeatureStore(path)
+    teacher = load_teacher(
+        "first", params.teachers["first"], params.image_size, torch.device("cpu")
+    )
+    for level in store.teachers["first"].levels:
+        component = f"first/{level.name}/native"
+        plain = dask.array.from_zarr(str(path), component=component).compute()
+        opened = xarray.open_zarr(path, group=f"first/{level.name}", consolidated=False)
+        np.testing.assert_array_equal(plain, opened["native"].to_numpy())
+        for image_id in dataset.split("val"):
+            pixels = decode_image(dataset.path(image_id))
+            box = whole_image_box(*pixels.shape[:2], params.image_size)
+            live = teacher(teacher.preprocess(pixels, box)[None]).levels[level.name][0]
+            stored = plain[store.row(image_id)]
+            np.testing.assert_allclose(stored, live.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_store_of_another_image_set_is_refused(tiny_params: Path, tmp_path: Path) -> None:
+    options = ("--params", tiny_params)
+    sak("index", *options)
+    data = yaml.safe_load(tiny_params.read_text())["data"]
+    edit(tiny_params, data={**data, "root": str(tmp_path / "others"), "train": 7})
+    refused = sak("index", *options, code=2)
+    assert "Traceback" not in refused
+    assert "features.zarr" in refused.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "expected"),
+    [
+        ({"teachers": {"x": {"source": "timm:vit_tny_patch16_224"}}}, ["extract-teachers"], "vit_tiny"),
+        ({"teachers": {"x": {"source": "timm:resnet18", "checkpoint": "random", "levels": [9]}}},
+         ["extract-teachers"], "9"),
+        ({"tasks": ["segmentation", "edges"]}, ["index"], "edges"),
+        ({}, ["extract-teachers", "third"], "first, second"),
+        ({}, ["train-student", "distil"], "distill"),
+        ({}, ["train-student", "single-task"], "--task"),
+        ({}, ["train-student", "distill"], "first"),
+        ({}, ["evaluate"], "multitask"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_a_message(
+    tiny_params: Path, changes: dict[str, Any], arguments: list[str], expected: str
+) -> None:
+    if arguments != ["index"]:
+        sak("index", "--params", tiny_params)
+    edit(tiny_params, **changes)
+    output = sak(*arguments, "--params", tiny_params, code=2)
+    assert "Traceback" not in output
+    assert expected in output
+
+
+def test_inspect_of_what_is_no_store(tmp_path: Path) -> None:
+    output = sak("inspect", tmp_path, code=2)
+    assert "Traceback" not in output
