@@ -8,6 +8,7 @@ import typer
 
 from pipeline import console
 from pipeline.mistakes import GuardedGroup
+from pipeline.report import two_columns
 
 app = typer.Typer(
     name="sak",
@@ -26,13 +27,12 @@ DEFAULT_PARAMS = Path("params.yaml")
 @app.command(epilog="Example: sak index --params params.yaml")
 def index(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
     """List and check the images, render them first for the scenes recipe, and open the store."""
-    from pipeline import steps
+    from pipeline import indexing
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = steps.index(load_params(params), bar)
-    rows = [[name, value] for name, value in dataclasses.asdict(result).items()]
-    console.show("image set", ["what", "value"], rows, dataclasses.asdict(result), as_json)
+        result = indexing.index(load_params(params), bar)
+    console.show("image set", two_columns(dataclasses.asdict(result)), as_json)
 
 
 @app.command("extract-teachers", epilog="Example: sak extract-teachers dinov2 clip")
@@ -47,15 +47,12 @@ def extract_teachers(
     as_json: AsJson = False,
 ) -> None:
     """Stage one: run each frozen teacher once over every image and write its features."""
-    from pipeline import steps
+    from pipeline import extraction
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        results = steps.extract_teachers(load_params(params), names or [], replace, bar)
-    data = {"teachers": [dataclasses.asdict(result) for result in results]}
-    columns = [field.name for field in dataclasses.fields(results[0])]
-    rows = [list(dataclasses.astuple(result)) for result in results]
-    console.show("extracted teachers", columns, rows, data, as_json)
+        result = extraction.extract_teachers(load_params(params), names or [], replace, bar)
+    console.show("extracted teachers", result, as_json)
 
 
 @app.command("train-student", epilog="Example: sak train-student distill")
@@ -71,13 +68,12 @@ def train_student(
     as_json: AsJson = False,
 ) -> None:
     """Stage two: train the student from the store; a killed run goes on where it stopped."""
-    from pipeline import steps
+    from pipeline import training
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = steps.train_student(load_params(params), phase, task, restart, bar)
-    data = dataclasses.asdict(result)
-    console.show(f"trained: {phase}", ["what", "value"], list(data.items()), data, as_json)
+        result = training.train_student(load_params(params), phase, task, restart, bar)
+    console.show(f"trained: {phase}", two_columns(dataclasses.asdict(result)), as_json)
 
 
 @app.command(epilog="Example: sak evaluate --json")
@@ -88,7 +84,7 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
 
     with console.progress_bar(not as_json) as bar:
         result = evaluation.evaluate(load_params(params), bar)
-    console.show("validation", result.columns, result.rows, result.data, as_json, result.remarks)
+    console.show("validation", result, as_json)
 
 
 @app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
@@ -100,18 +96,18 @@ def inspect(
     from pipeline import tables
 
     result = tables.inspect(store)
-    console.show(str(store), result.columns, result.rows, result.data, as_json, result.remarks)
+    console.show(str(store), result, as_json)
 
 
 @app.command(epilog="Example: sak probe --json")
 def probe(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
     """Linear probe per teacher, level and task, straight from the store."""
-    from pipeline import tables
+    from pipeline import probing
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = tables.probe(load_params(params), bar)
-    console.show("linear probe", result.columns, result.rows, result.data, as_json, result.remarks)
+        result = probing.probe(load_params(params), bar)
+    console.show("linear probe", result, as_json)
 
 
 @app.command(epilog="Example: sak teachers")
@@ -120,4 +116,4 @@ def teachers(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
     from pipeline import tables
 
     result = tables.teachers(params)
-    console.show("teachers", result.columns, result.rows, result.data, as_json, result.remarks)
+    console.show("teachers", result, as_json)

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from pipeline.report import Report
 
 PIPED_WIDTH = 160
 """Columns of a table that goes to a file or pipe."""
@@ -57,27 +58,20 @@ def progress_bar(enabled: bool = True) -> Iterator[BarProgress]:
         yield BarProgress(bar)
 
 
-def show(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    data: Mapping[str, Any],
-    as_json: bool,
-    remarks: Sequence[str] = (),
-) -> None:
-    """Print a summary on standard output: a table for people or one JSON object for machines."""
+def show(title: str, report: Report, as_json: bool) -> None:
+    """Print a result on standard output: a table for people or one JSON object for machines."""
     output = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     if as_json:
-        output.print_json(json.dumps(data, default=str))
+        output.print_json(json.dumps(report.data, default=str))
         return
     table = Table(title=title, title_justify="left")
-    for column in columns:
+    for column in report.columns:
         table.add_column(column, overflow="fold")
-    for row in rows:
+    for row in report.rows:
         table.add_row(*(cell(value) for value in row))
     output.print(table)
-    for remark in remarks:
-        output.print(remark, style="dim")
+    for remark in report.remarks:
+        output.print(remark, style="dim", markup=False)
 
 
 def fail(message: str) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import console
+from pipeline.errors import StepError
 from pipeline.params import Params
-from pipeline.steps import StepError
-from pipeline.tables import Report
+from pipeline.report import Report
 from stages.data.dataset import Dataset, open_dataset
 from stages.data.images import OK
 from stages.evaluate.delta import SINGLE_TASK, Comparison, compare
@@ -108,8 +108,15 @@ def _write(folder: Path, comparison: Comparison, report: Report) -> None:
     lines = [report.columns, ["---"] * len(report.columns), *report.rows]
     table = "".join(f"| {' | '.join(map(console.cell, line))} |\n" for line in lines)
     remarks = "".join(f"\n{remark}\n" for remark in report.remarks)
-    for name, text in (("metrics.json", numbers), ("metrics.md", table + remarks)):
-        write_atomically(folder / name, lambda path, text=text: path.write_text(text))
+    _write_text(folder / "metrics.json", numbers)
+    _write_text(folder / "metrics.md", table + remarks)
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(partial: Path) -> None:
+        partial.write_text(text)
+
+    write_atomically(path, write)
 
 
 def _draw(params: Params, dataset: Dataset, folders: Mapping[str, Path]) -> None:

@@ -52,7 +52,9 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_number_that_yaml_reads_as_text_gets_the_remedy(tmp_path: Path) -> None:
-    text = (ROOT / "params.yaml").read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-3")
+    text = (
+        (ROOT / "params.yaml").read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-3")
+    )
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(ParamsError, match=r"distill\.learning_rate.*write 1\.0e-3"):

@@ -1,0 +1,72 @@
+"""`sak index`: render the scenes if asked for, check images and labels, create the store."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.params import Params
+from stages.data.config import ScenesData
+from stages.data.dataset import open_dataset
+from stages.data.images import OK, index_images
+from stages.data.view import whole_image_box
+from stages.progress import Progress
+from store.create import create_store
+from store.spec import ImageTable, ViewTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexSummary:
+    """What `sak index` found."""
+
+    images: int
+    quarantined: dict[str, str]
+    """Reason per unusable image id."""
+    splits: dict[str, int]
+    tasks: tuple[str, ...]
+    store: str
+    images_digest: str
+
+
+def index(params: Params, progress: Progress) -> IndexSummary:
+    """Render the scenes if the recipe wants them, check images and labels, create the store."""
+    if isinstance(params.data, ScenesData):
+        _render(params.data, params.image_size, progress)
+    dataset = open_dataset(params.data).with_tasks(params.tasks)
+    for split in dataset.splits:
+        dataset.check_labels(split)
+    images = index_images(dataset.images, params.data.max_bad, progress)
+    create_store(params.store, images, whole_image_views(images, params.image_size))
+    return IndexSummary(
+        images=len(images),
+        quarantined={
+            name: status
+            for name, status in zip(images.ids, images.statuses, strict=True)
+            if status != OK
+        },
+        splits={name: len(ids) for name, ids in dataset.splits.items()},
+        tasks=tuple(task.name for task in dataset.tasks),
+        store=str(params.store),
+        images_digest=images.digest(),
+    )
+
+
+def whole_image_views(images: ImageTable, image_size: tuple[int, int]) -> ViewTable:
+    """View 0 of every image; a quarantined image has no size and gets an empty box."""
+    boxes = np.zeros((len(images), 4), np.float32)
+    for row, (height, width) in enumerate(zip(images.heights, images.widths, strict=True)):
+        if height and width:
+            box = whole_image_box(height, width, image_size)
+            boxes[row] = (box.top, box.left, box.height, box.width)
+    rows = len(images)
+    return ViewTable(
+        image_size=image_size,
+        boxes=boxes,
+        flips=np.zeros(rows, np.bool_),
+        seeds=np.zeros(rows, np.uint64),
+    )
+
+
+def _render(data: ScenesData, image_size: tuple[int, int], progress: Progress) -> None:
+    from stages.data.scenes import write_scenes
+
+    write_scenes(data.root, data.train, data.val, data.seed, image_size, progress)

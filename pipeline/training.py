@@ -1,0 +1,64 @@
+"""`sak train-student`: stage two, one run of one phase."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.errors import StepError
+from pipeline.params import Params
+from stages.data.dataset import open_dataset
+from stages.data.tasks import Task
+from stages.progress import Progress
+from stages.train.checkpoint import CheckpointError
+from stages.train.run import TrainingRun, TrainSummary, train
+from store.reader import FeatureStore
+
+PHASES = ("distill", "multitask", "baseline", "single-task")
+
+
+def train_student(
+    params: Params, phase: str, task: str | None, restart: bool, progress: Progress
+) -> TrainSummary:
+    """Train one run; `restart` replaces a checkpoint of other settings instead of refusing it."""
+    dataset = open_dataset(params.data).with_tasks(params.tasks)
+    run = _training_run(params, phase, task, dataset.tasks)
+    store = FeatureStore(params.store)
+    try:
+        return train(run, dataset, store, progress)
+    except CheckpointError:
+        if not restart:
+            raise
+    shutil.rmtree(run.folder)
+    return train(run, dataset, store, progress)
+
+
+def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
+    """Folder of a run: `distill`, `multitask`, `baseline`, or `single-<task>`."""
+    return params.runs / (f"single-{task}" if phase == "single-task" else phase)
+
+
+def _training_run(
+    params: Params, phase: str, task: str | None, tasks: tuple[Task, ...]
+) -> TrainingRun:
+    if phase not in PHASES:
+        raise StepError(f"no phase '{phase}'; expected one of {', '.join(PHASES)}")
+    if (task is not None) != (phase == "single-task"):
+        raise StepError("--task NAME belongs to single-task runs, and they need it")
+    if task is not None and task not in params.tasks:
+        raise StepError(f"no task '{task}' in the parameter file; it has {', '.join(params.tasks)}")
+    if phase != "distill" and not params.tasks:
+        raise StepError(
+            "tasks is empty in the parameter file: only 'distill' trains without labels"
+        )
+    settings = params.distill if phase == "distill" else params.multitask
+    if phase in ("baseline", "single-task"):
+        settings = settings.model_copy(update={"alpha": 0.0})
+    return TrainingRun(
+        folder=run_folder(params, phase, task),
+        image_size=params.image_size,
+        student=params.student,
+        teachers=() if phase == "single-task" else tuple(params.teachers),
+        tasks=tuple(entry for entry in tasks if phase != "distill" and task in (None, entry.name)),
+        phase=settings,
+        runtime=params.runtime,
+        initialise_from=run_folder(params, "distill") if phase == "multitask" else None,
+    )
