@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 	@cat artifacts/report/metrics.md
 
 test: $(VENV)/ready
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/ready
 	ruff check .

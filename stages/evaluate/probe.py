@@ -19,10 +19,10 @@ from torch import Tensor
 
 from stages.data.dataset import Dataset
 from stages.data.tasks import Task
-from stages.evaluate.metrics import MeanIoU, TaskMetric, build_metric
+from stages.evaluate.metrics import TaskMetric, build_metric
 from stages.evaluate.probe_inputs import CLASS_TASKS, FeatureReader, LabelReader, resize, targets
 from stages.evaluate.ridge import RidgeRegression
-from stages.evaluate.thresholds import AveragePrecision
+from stages.evaluate.thresholds import AveragePrecision, MeanAveragePrecision
 from stages.progress import Progress
 from store.reader import FeatureStore
 
@@ -48,8 +48,8 @@ class ProbeScore:
 class ProbeTable:
     """All probes of a store.
 
-    Metrics are those of the evaluation, except that saliency is judged by two-class mIoU and
-    boundary by average precision, both in percent.
+    Metrics are those of the evaluation, except for what is classified: there average precision
+    in percent, for several classes its mean over those that occur.
     """
 
     scores: tuple[ProbeScore, ...]
@@ -126,9 +126,8 @@ def probe(
         scores += probed.measure(val)
     metrics = {task.name: task.metric for task in dataset.tasks}
     lower = {task.name: task.lower_is_better for task in dataset.tasks}
-    for name, metric in (("saliency", "mIoU"), ("boundary", "AP")):
-        if name in metrics:
-            metrics[name], lower[name] = metric, False
+    for name in metrics.keys() & {*CLASS_TASKS, "boundary"}:
+        metrics[name], lower[name] = "AP" if name == "boundary" else "mAP", False
     return ProbeTable(
         scores=tuple(scores),
         metrics=metrics,
@@ -203,7 +202,7 @@ class _Probe:
 def probe_metric(task: Task) -> TaskMetric:
     """Return the accumulator that a probe of a task is judged by."""
     if task.name in CLASS_TASKS:
-        return MeanIoU(task.channels)
+        return MeanAveragePrecision(task.channels)
     if task.name == "boundary":
         return AveragePrecision()
     return build_metric(task)

@@ -84,6 +84,33 @@ class AveragePrecision:
         return 100 * float((hits / predicted.clamp(min=1) * gained).sum())
 
 
+class MeanAveragePrecision:
+    """Mean over the classes that occur of one-against-rest average precision, in percent.
+
+    Needs no decision between classes, so that a linear regression of rare classes (parts, small
+    things) is judged by its order of the pixels rather than by never winning an argmax.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self._classes = [AveragePrecision() for _ in range(num_classes)]
+
+    def update(self, prediction: Float[Tensor, "B C H W"], label: Int[Tensor, "B H W"]) -> None:
+        """Count one batch of scores per class.
+
+        Raises:
+            MetricError: the prediction is not finite.
+        """
+        for index, one in enumerate(self._classes):
+            binary = torch.where(label == IGNORE, float(IGNORE), (label == index).float())
+            one.update(prediction[:, index : index + 1], binary)
+
+    def compute(self) -> float:
+        """Return the mean; NaN when no class occurs."""
+        values = [one.compute() for one in self._classes]
+        values = [value for value in values if not math.isnan(value)]
+        return sum(values) / len(values) if values else math.nan
+
+
 def count_pairs(
     label: Shaped[Tensor, " N"], bin_index: Int[Tensor, " N"], bins: int
 ) -> Int[Tensor, "2 bins"]:

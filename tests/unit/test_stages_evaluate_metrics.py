@@ -19,7 +19,7 @@ from stages.evaluate.metrics import (
     TaskMetric,
     build_metric,
 )
-from stages.evaluate.thresholds import AveragePrecision, MaxF
+from stages.evaluate.thresholds import AveragePrecision, MaxF, MeanAveragePrecision
 
 SIX_TASKS = tuple({task.name: task for task in (*PASCAL_TASKS, *NYUD_TASKS)}.values())
 
@@ -273,3 +273,15 @@ def test_unknown_task() -> None:
     task = Task(name="flow", channels=2, loss_weight=1.0, metric="EPE", lower_is_better=True)
     with pytest.raises(MetricError, match="no metric for task 'flow'"):
         build_metric(task)
+
+
+def test_mean_average_precision_counts_classes_that_occur() -> None:
+    label = torch.tensor([[[0, 1, 1, 255]]])
+    perfect = torch.nn.functional.one_hot(torch.tensor([[[0, 1, 1, 2]]]), 3).movedim(-1, 1).float()
+    metric = MeanAveragePrecision(3)
+    metric.update(perfect, label)
+    assert metric.compute() == pytest.approx(100)
+    worst = MeanAveragePrecision(3)
+    worst.update(1 - perfect, label)
+    # class 0: its one pixel ranks last of three (AP 1/3); class 1: ranks 2 and 3 (tied, AP 2/3)
+    assert worst.compute() == pytest.approx(100 * (1 / 3 + 2 / 3) / 2)
