@@ -1,0 +1,1 @@
+"""The recipe of the three small teachers of the embedded default."""
