@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*RECIPES, []], metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("stages/extract/weights"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/pretrain.npz"))
-    parser.add_argument("--scenes", type=int, default=7000, help="how many scenes to render")
+    parser.add_argument("--scenes", type=int, default=6000, help="how many scenes to render")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     progress = _LoggedProgress()

@@ -65,11 +65,10 @@ RECIPES: dict[str, PretrainConfig] = {
         model_args={
             "dims": [32, 64, 128, 160],
             "depths": [1, 2, 4, 2],
-            "kernel_sizes": 3,
+            "kernel_sizes": [3, 5, 5, 5],
             "output_stride": 8,
-            "ls_init_value": 0.1,
         },
-        steps=2000,
+        steps=1200,
         batch_size=32,
         learning_rate=2e-3,
     ),

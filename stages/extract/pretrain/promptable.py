@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.extract.pretrain.crops import jitter_light, random_crop
 from stages.extract.pretrain.scenes_cache import Batch
 
-PROMPTS = 16
+PROMPTS = 8
 MASK_STRIDE = 4
 _CHANNELS = 64
 _MASK_CHANNELS = 32
@@ -62,7 +62,7 @@ class PromptableMasks(nn.Module):
 
     def __init__(self, encoder: ConvNeXt, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.encoder = encoder.to(memory_format=torch.channels_last)  # twice as fast
+        self.encoder = encoder
         feature_info = FeatureInfo(encoder.feature_info, (0, 3))
         stride = feature_info.reduction()[-1]
         grid = [side // stride for side in image_size]
@@ -88,7 +88,6 @@ class PromptableMasks(nn.Module):
         """Compute the loss of one batch."""
         batch = random_crop(batch, generator, _SMALLEST_CROP, flip=True)
         images = jitter_light(batch.images, generator, _LIGHT)
-        images = images.contiguous(memory_format=torch.channels_last)
         points = sample_points(batch.instances, PROMPTS, generator)
         masks, outlines = prompted_targets(batch.instances, points)
         logits = self.predict(images, points).float()
