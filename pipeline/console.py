@@ -71,13 +71,13 @@ def show(title: str, report: Report, as_json: bool) -> None:
         table.add_row(*(cell(value) for value in row))
     output.print(table)
     for remark in report.remarks:
-        output.print(remark, style="dim", markup=False)
+        output.print(remark, style="dim", markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """Print a user's mistake in red on standard error."""
     messages.print("error:", style="bold red", end=" ")
-    messages.print(message, markup=False)
+    messages.print(message, markup=False, soft_wrap=True)
 
 
 def cell(value: object) -> str:

@@ -43,6 +43,7 @@ def evaluate(params: Params, progress: Progress) -> Report:
             f"no finished multitask or baseline run in {params.runs}; "
             "train one first: sak train-student multitask"
         )
+    _require_same_images(params, folders)
     measured = {
         name: _measure(params, folder, dataset, progress) for name, folder in folders.items()
     }
@@ -65,6 +66,18 @@ def _finished(params: Params) -> dict[str, Path]:
     names = [*ROWS, *(f"single-{task}" for task in params.tasks)]
     folders = {name: params.runs / name for name in names}
     return {name: folder for name, folder in folders.items() if (folder / DESCRIPTION).is_file()}
+
+
+def _require_same_images(params: Params, folders: Mapping[str, Path]) -> None:
+    """Refuse runs that were trained on another image set than the store's."""
+    digest = FeatureStore(params.store).images.digest()
+    for name, folder in folders.items():
+        trained_on = json.loads((folder / DESCRIPTION).read_text())["run"]["images"]["set"]
+        if trained_on != digest:
+            raise StepError(
+                f"run '{name}' in {folder} was trained on the image set {trained_on[:16]}, the "
+                f"store holds {digest[:16]}; train it again, or set runs: to another folder"
+            )
 
 
 def _measure(

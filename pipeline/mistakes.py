@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 from pipeline import console
 
 OUR_PACKAGES = {"pipeline", "stages", "store"}
-INTERRUPTED = "interrupted; finished work is safe and the same command goes on from there"
+INTERRUPTED = "interrupted; the same command goes on from the last shard or checkpoint written"
 
 
 def user_message(error: BaseException) -> str | None:

@@ -58,13 +58,13 @@ def load_params(path: Path) -> Params:
     ParamsError
         With one line per mistake: where it is, what was expected, what was got.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ParamsError(
             f"no parameter file at {path}; run from the project's folder, or name one with --params"
         )
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{path} must hold a mapping of sections, got {type(values).__name__}")

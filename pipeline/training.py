@@ -1,6 +1,5 @@
 """`sak train-student`: stage two, one run of one phase."""
 
-import shutil
 from pathlib import Path
 
 from pipeline.errors import StepError
@@ -10,6 +9,8 @@ from stages.data.tasks import Task
 from stages.progress import Progress
 from stages.train.checkpoint import CheckpointError
 from stages.train.run import TrainingRun, TrainSummary, train
+from store.errors import difference
+from store.files import FolderLock
 from store.reader import FeatureStore
 
 PHASES = ("distill", "multitask", "baseline", "single-task")
@@ -22,18 +23,39 @@ def train_student(
     dataset = open_dataset(params.data).with_tasks(params.tasks)
     run = _training_run(params, phase, task, dataset.tasks)
     store = FeatureStore(params.store)
+    _require_asked_teachers(params, run, store)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(run.folder)
     try:
         return train(run, dataset, store, progress)
     except CheckpointError:
         if not restart:
             raise
-    shutil.rmtree(run.folder)
-    return train(run, dataset, store, progress)
+        for file in run.folder.iterdir():
+            file.unlink()
+        return train(run, dataset, store, progress)
+    finally:
+        lock.release()
 
 
 def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
     """Folder of a run: `distill`, `multitask`, `baseline`, or `single-<task>`."""
     return params.runs / (f"single-{task}" if phase == "single-task" else phase)
+
+
+def _require_asked_teachers(params: Params, run: TrainingRun, store: FeatureStore) -> None:
+    """Refuse features that were written under other settings than the parameter file's."""
+    for name in run.distilled:
+        if name not in store.teachers:
+            continue  # train() says what is missing
+        stored, asked = store.teachers[name].provenance.get("config"), params.teachers[name].asked()
+        if stored != asked:
+            raise StepError(
+                f"the features of '{name}' in {params.store} were written under other settings:\n"
+                + "\n".join(difference(stored or {}, asked))
+                + "\n"
+                f"correct the parameter file, or run: sak extract-teachers {name} --replace"
+            )
 
 
 def _training_run(

@@ -57,10 +57,10 @@ def read_root(path: Path) -> RootRecord:
         StoreDamagedError: its metadata contradicts its files.
     """
     if not path.is_dir():
-        raise StoreError(f"there is no feature store at {path}; run `sak extract-teachers` first")
+        raise StoreError(f"there is no feature store at {path}; run `sak index` first")
     if not (path / METADATA).exists():
         raise StoreFormatError(
-            f"{path} is not a feature store: it has no {METADATA}; run `sak extract-teachers`"
+            f"{path} is not a feature store: it has no {METADATA}; run `sak index`"
         )
     attributes = read_attributes(path / METADATA)
     size = attributes.get("image_size")

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 _Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+_Positive = Annotated[float, Field(gt=0)]
+_Deviations = Annotated[tuple[_Positive, _Positive, _Positive], Field(strict=False)]
 _Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)
 ]
@@ -44,7 +46,7 @@ class TeacherConfig(BaseModel):
     mean: _Triple | None = None
     """Per-channel mean of the pixels, scaled to 0..1; default: what the library states."""
 
-    std: _Triple | None = None
+    std: _Deviations | None = None
     """Per-channel standard deviation of the pixels, scaled to 0..1; default: the library's."""
 
     interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None
@@ -52,6 +54,13 @@ class TeacherConfig(BaseModel):
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; features are stored as float16 whatever this says."""
+
+    def asked(self) -> dict[str, Any]:
+        """Return the settings as the store keeps them: JSON, a checkpoint by its file's name."""
+        asked = self.model_dump(mode="json")
+        if self.checkpoint is not None:
+            asked["checkpoint"] = Path(self.checkpoint).name
+        return asked
 
 
 class ExtractConfig(BaseModel):

@@ -147,6 +147,7 @@ def load_teacher(
         provenance={
             **outline.facts,
             "source": config.source,
+            "config": config.asked(),
             "model_args": config.model_args,
             "weights": network.weights,
             "weights_sha256": weights_digest,

@@ -88,8 +88,9 @@ class TimmSource:
         try:
             with torch.device("meta"):
                 return timm.create_model(self.name, pretrained=False, **self.model_args)
-        except TypeError as error:
-            raise TeacherError(f"model_args {dict(self.model_args)}: {error}") from error
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            reason = str(error) or type(error).__name__
+            raise TeacherError(f"model_args {dict(self.model_args)}: {reason}") from error
 
     def _download(self, arguments: Mapping[str, Any]) -> tuple[nn.Module, str]:
         config = timm.models.get_pretrained_cfg(self.name)

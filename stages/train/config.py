@@ -88,9 +88,9 @@ class PhaseConfig(_Config):
 class RuntimeConfig(_Config):
     """Where and how to compute."""
 
-    device: str = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """`auto` (a GPU when there is one), or a torch device such as `cpu` or `cuda:1`."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward pass; weights and losses stay float32."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of weights, order of images, jitter and router noise."""

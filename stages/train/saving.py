@@ -135,10 +135,13 @@ def _read_description(folder: Path) -> StudentDescription:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise StudentError(f"{folder} holds no trained student ({DESCRIPTION}); finish its run")
-    values = json.loads(path.read_text())
-    if values.get("format") != FORMAT:
-        raise StudentError(f"{path} is of format {values.get('format')}, expected {FORMAT}")
-    return StudentDescription.from_json(values)
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise StudentError(f"{path} is of format {values['format']}, expected {FORMAT}")
+        return StudentDescription.from_json(values)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StudentError(f"{path} is damaged ({error!r}); train this run again") from error
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

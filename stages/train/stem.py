@@ -2,8 +2,10 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
@@ -61,9 +63,15 @@ def create_stem(config: StudentConfig, image_size: tuple[int, int]) -> VisionTra
             num_classes=0,
             **config.model_args,
         )
-    except TypeError as error:
+    except OSError as error:
         raise StudentError(
-            f"student.model {config.model!r} with model_args {config.model_args}: {error}; "
+            f"student.pretrained: the weights of {config.model!r} cannot be fetched from the Hugging "
+            f"Face hub ({error}); go online, or name a local file as student.checkpoint"
+        ) from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise StudentError(
+            f"student.model {config.model!r} with model_args {config.model_args}: "
+            f"{str(error) or type(error).__name__}; "
             "expected a model of timm's VisionTransformer family and arguments that it takes"
         ) from error
     if not isinstance(vit, VisionTransformer):
@@ -104,7 +112,10 @@ def load_stem_weights(vit: VisionTransformer, path: Path) -> None:
     """
     if not path.is_file():
         raise StudentError(f"student.checkpoint: no file at {path}; put the weights there")
-    weights = checkpoint_filter_fn(load_state_dict(str(path)), vit)
+    try:
+        weights = checkpoint_filter_fn(load_state_dict(str(path)), vit)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise StudentError(f"student.checkpoint: {path} cannot be read ({error})") from error
     wanted = vit.state_dict()
     wrong = [
         f"{name}: {tuple(weights[name].shape)} in the file, {tuple(wanted[name].shape)} expected"

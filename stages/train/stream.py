@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from stages.data.dataset import Dataset
-from stages.data.images import decode_image
+from stages.data.images import read_image
 from stages.data.view import Box, view_image
 from stages.train.jitter import image_generator, jitter
 from stages.train.sampling import Draw, StepSampler
@@ -152,9 +152,21 @@ class TargetStream(TorchDataset[Batch]):
             self._cache.put(image_id, view)
         return view
 
+    def _indexed_sha256(self, image_id: str) -> str:
+        index = self._store.row(image_id) // self._store.views.views_per_image
+        return self._store.images.sha256[index]
+
     def _read_view(self, image_id: str) -> _View:
         size = self.spec.image_size
-        pixels = decode_image(self._dataset.path(image_id))
+        path = self._dataset.path(image_id)
+        file = read_image(path)
+        if file.sha256 != self._indexed_sha256(image_id):
+            raise StreamError(
+                f"image '{image_id}' ({path}) is not the one that the store was made from: its "
+                "content has changed since `sak index`. Restore the file, or index and extract "
+                "into another store"
+            )
+        pixels = file.pixels
         image = np.moveaxis(view_image(pixels, self._box(image_id), size), -1, 0)
         labels = self._dataset.labels(image_id, size) if self.spec.tasks else {}
         return _View(

@@ -104,6 +104,32 @@ def test_store_of_another_image_set_is_refused(tiny_params: Path, tmp_path: Path
     assert "features.zarr" in refused.replace("\n", "")
 
 
+def test_training_refuses_other_pictures_under_the_same_ids(tiny_params: Path) -> None:
+    options = ("--params", tiny_params)
+    sak("index", *options)
+    sak("extract-teachers", *options)
+    params = load_params(tiny_params)
+    image_id = open_dataset(params.data).split("train")[0]
+    path = open_dataset(params.data).path(image_id)
+    path.write_bytes(open_dataset(params.data).path("val_00000").read_bytes())
+    edit(tiny_params, distill={"steps": 3, "batch_size": 6, "learning_rate": 0.001})
+    refused = sak("train-student", "distill", *options, code=2)
+    assert image_id in refused
+    assert "sak index" in refused
+
+
+def test_training_refuses_features_of_another_teacher(tiny_params: Path) -> None:
+    options = ("--params", tiny_params)
+    sak("index", *options)
+    sak("extract-teachers", *options)
+    teachers = yaml.safe_load(tiny_params.read_text())["teachers"]
+    teachers["first"] = {"source": "timm:resnet18", "checkpoint": "random"}
+    edit(tiny_params, teachers=teachers)
+    refused = sak("train-student", "distill", *options, code=2)
+    assert "resnet18" in refused
+    assert "sak extract-teachers first --replace" in refused
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "expected"),
     [
@@ -116,6 +142,11 @@ def test_store_of_another_image_set_is_refused(tiny_params: Path, tmp_path: Path
         ({}, ["train-student", "single-task"], "--task"),
         ({}, ["train-student", "distill"], "first"),
         ({}, ["evaluate"], "multitask"),
+        ({"teachers": {"x": {"source": "timm:vit_tiny_patch16_224", "checkpoint": "random",
+                             "model_args": {"num_heads": 5}}}}, ["extract-teachers"], "num_heads"),
+        ({"student": {"model": "vit_tiny_patch16_224", "model_args": {"num_heads": 5}}},
+         ["train-student", "single-task", "--task", "depth"], "num_heads"),
+        ({"runtime": {"device": "meta"}}, ["train-student", "distill"], "runtime.device"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_a_message(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stages.data.config import NyudData
 from stages.data.dataset import Dataset, open_dataset
-from stages.data.images import decode_image
+from stages.data.images import decode_image, read_image
 from stages.data.view import Box, view_image
 from stages.train.sampling import Draw
 from stages.train.stream import (
@@ -58,7 +58,7 @@ def make_store(path: Path, dataset: Dataset, quarantined: str = "0001") -> Featu
     boxes = np.tile(np.array([[1, 0, 38, 50]], np.float32), (count, 1))
     table = ImageTable(
         ids=ids,
-        sha256=("",) * count,
+        sha256=tuple(read_image(dataset.path(name)).sha256 for name in ids),
         heights=(40,) * count,
         widths=(50,) * count,
         statuses=tuple("broken" if name == quarantined else "ok" for name in ids),

@@ -75,7 +75,10 @@ def _holds(root: Path, recipe: dict[str, object]) -> bool:
             f"{root} exists and is not a folder of rendered scenes (it has no {RECIPE}). "
             "Choose another root for the scenes, or remove what is there."
         )
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ScenesError(f"{path} is damaged ({error}); remove {root} to render anew") from error
     keys = [k for k in recipe | found if found.get(k) != recipe.get(k)]
     if not keys:
         return True
