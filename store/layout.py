@@ -136,6 +136,7 @@ class TeacherLayout:
     spec: TeacherSpec
     rows: int
     rows_per_shard: int
+    covariance: bool = False
 
     @property
     def shards(self) -> int:
@@ -203,20 +204,45 @@ class TeacherLayout:
             dimensions=("shard", "moment", "channel"),
         )
 
+    def comoments(self) -> ArrayLayout:
+        """Return the layout of the co-moments of each shard, where the covariance was asked for.
+
+        Levels follow each other in a line, of each the lower triangle by rows: C (C + 1) / 2
+        float64, which is 2.4 MB per level and shard for C = 768.
+        """
+        entry = (sum(level.channels * (level.channels + 1) // 2 for level in self.spec.levels),)
+        return ArrayLayout(
+            path="commit/covariance",
+            dtype="<f8",
+            shape=(self.shards, *entry),
+            chunk=(1, *entry),
+            dimensions=("shard", "entry"),
+        )
+
+    def commits(self) -> list[ArrayLayout]:
+        """Return the arrays that have a checksummed file per shard, the commit marks aside."""
+        always = [self.digests(), self.moments()]
+        return [*always, self.comoments()] if self.covariance else always
+
     def statistics(self, level: str) -> dict[str, ArrayLayout]:
-        """Return the layouts of a level's mean, variance and count."""
+        """Return the layouts of a level's mean, variance, count, and covariance if asked for."""
         channels = {entry.name: entry.channels for entry in self.spec.levels}[level]
         folder = f"{level}/stats"
-        return {
+        arrays = {
             "mean": table_layout(f"{folder}/mean", "<f8", (channels,), ("channel",)),
             "variance": table_layout(f"{folder}/variance", "<f8", (channels,), ("channel",)),
             "count": table_layout(f"{folder}/count", "<i8", (), ()),
         }
+        if self.covariance:
+            arrays["covariance"] = table_layout(
+                f"{folder}/covariance", "<f8", (channels, channels), ("channel", "other_channel")
+            )
+        return arrays
 
     def documents(self) -> dict[str, dict[str, Any]]:
         """Return each metadata file below the teacher's own, but for the finished statistics."""
         groups = ["commit", *(level.name for level in self.spec.levels)]
-        arrays = [*self.features().values(), self.valid(), self.digests(), self.moments()]
+        arrays = [*self.features().values(), self.valid(), *self.commits()]
         return {
             **{f"{group}/{METADATA}": group_document({}) for group in groups},
             **{f"{array.path}/{METADATA}": array.document() for array in arrays},

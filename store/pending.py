@@ -24,10 +24,14 @@ class PendingShard:
         self.rows = layout.shard_rows(shard)
         self.next_row = self.rows.start
         self._marks: list[NDArray[np.uint8]] = []
-        self._moments = {level.name: Moments.empty(level.channels) for level in layout.spec.levels}
+        self._moments = empty_moments(layout)
         # A fresh array per row would cost more in page faults than the sums themselves.
         self._scratch = {
             level.name: np.empty((level.grid[0] * level.grid[1], level.channels))
+            for level in layout.spec.levels
+        }
+        self._products = {
+            level.name: np.empty((level.channels, level.channels)) if layout.covariance else None
             for level in layout.spec.levels
         }
         self._writers: dict[str, ShardWriter] = {}
@@ -50,7 +54,8 @@ class PendingShard:
         for name, moments in self._moments.items():
             # Row by row, so that the sums do not depend on how rows were batched.
             for row in np.flatnonzero(valid):
-                moments = moments.merge(Moments.of(arrays[name][row], self._scratch[name]))
+                one = Moments.of(arrays[name][row], self._scratch[name], self._products[name])
+                moments = moments.merge(one)
             self._moments[name] = moments
         self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))
         self.next_row += len(valid)
@@ -67,6 +72,9 @@ class PendingShard:
         records = [moments.to_record() for moments in self._moments.values()]
         write_chunk(self._folder, layout.digests(), shard, np.stack(digests)[None])
         write_chunk(self._folder, layout.moments(), shard, np.concatenate(records, axis=1)[None])
+        if layout.covariance:
+            triangles = [moments.to_triangle() for moments in self._moments.values()]
+            write_chunk(self._folder, layout.comoments(), shard, np.concatenate(triangles)[None])
         write_chunk(self._folder, layout.valid(), shard, np.concatenate(self._marks))
 
     def discard(self) -> None:
@@ -75,14 +83,25 @@ class PendingShard:
             writer.discard()
 
 
+def empty_moments(layout: TeacherLayout) -> dict[str, Moments]:
+    """Return the moments of no rows by level name."""
+    return {
+        level.name: Moments.empty(level.channels, layout.covariance) for level in layout.spec.levels
+    }
+
+
 def merge_shards(folder: Path, layout: TeacherLayout) -> dict[str, Moments]:
     """Return the moments of each level over all committed shards, in the order of rows."""
-    totals = {level.name: Moments.empty(level.channels) for level in layout.spec.levels}
+    totals = empty_moments(layout)
     for shard in range(layout.shards):
         record = read_chunk(folder, layout.moments(), shard)[0]
-        start = 0
+        line = read_chunk(folder, layout.comoments(), shard)[0] if layout.covariance else None
+        start, entry = 0, 0
         for level in layout.spec.levels:
-            part = Moments.from_record(record[:, start : start + level.channels])
+            stop = start + level.channels
+            last = entry + level.channels * (level.channels + 1) // 2
+            triangle = None if line is None else line[entry:last]
+            part = Moments.from_record(record[:, start:stop], triangle)
             totals[level.name] = totals[level.name].merge(part)
-            start += level.channels
+            start, entry = stop, last
     return totals

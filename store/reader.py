@@ -197,6 +197,8 @@ class FeatureStore:
     def statistics(self, teacher: str, level: str) -> Statistics:
         """Return mean and variance per channel over the tokens of all valid rows.
 
+        The covariance of the channels comes with them where the teacher was extracted with it.
+
         Raises:
             StoreError: unknown teacher or level, or `global`, which has none.
         """
@@ -210,7 +212,12 @@ class FeatureStore:
             name: read_array(self.path / teacher, layout)
             for name, layout in record.layout.statistics(level).items()
         }
-        return Statistics(count=int(parts["count"]), mean=parts["mean"], variance=parts["variance"])
+        return Statistics(
+            count=int(parts["count"]),
+            mean=parts["mean"],
+            variance=parts["variance"],
+            covariance=parts.get("covariance"),
+        )
 
     def _record(self, teacher: str) -> TeacherRecord:
         record = self._records.get(teacher)

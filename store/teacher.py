@@ -42,11 +42,18 @@ class TeacherRecord:
     images_digest: str
     views_digest: str
     finished: bool
+    covariance: bool = False
+    """Whether covariances are gathered; no part of the fingerprint, for it changes no feature."""
 
     @property
     def layout(self) -> TeacherLayout:
         """The arrays below the folder."""
-        return TeacherLayout(spec=self.spec, rows=self.rows, rows_per_shard=self.rows_per_shard)
+        return TeacherLayout(
+            spec=self.spec,
+            rows=self.rows,
+            rows_per_shard=self.rows_per_shard,
+            covariance=self.covariance,
+        )
 
     def belongs_to(self, root: RootRecord) -> bool:
         """Return whether the teacher saw the images and views that the store lists now."""
@@ -58,6 +65,8 @@ class TeacherRecord:
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
+        # The key is there only when set: teachers without it are the same bytes as ever.
+        covariance = {"covariance": True} if self.covariance else {}
         return {
             "kind": "teacher",
             "format": FORMAT,
@@ -69,6 +78,7 @@ class TeacherRecord:
             "images_digest": self.images_digest,
             "views_digest": self.views_digest,
             "finished": self.finished,
+            **covariance,
         }
 
 
@@ -98,6 +108,7 @@ def read_record(folder: Path) -> TeacherRecord:
             images_digest=str(attributes.get("images_digest")),
             views_digest=str(attributes.get("views_digest")),
             finished=attributes.get("finished") is True,
+            covariance=attributes.get("covariance") is True,
         )
     except StoreError as error:
         raise StoreDamagedError(f"{path} is damaged: {error}") from error
@@ -128,8 +139,14 @@ def begin_teacher(folder: Path, asked: TeacherRecord) -> TeacherRecord:
 
 
 def _refuse_other(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> None:
-    # How it is cut and how far it got are no difference: a resumed teacher keeps both.
-    same = replace(asked, rows_per_shard=stored.rows_per_shard, finished=stored.finished)
+    # How it is cut and how far it got are no difference, nor are covariances beyond what is asked
+    # for: a resumed teacher keeps them.
+    same = replace(
+        asked,
+        rows_per_shard=stored.rows_per_shard,
+        finished=stored.finished,
+        covariance=asked.covariance or stored.covariance,
+    )
     if stored != same:
         lines = difference(stored.to_attributes(), same.to_attributes())
         raise StoreMismatchError(
@@ -173,8 +190,8 @@ def is_committed(folder: Path, layout: TeacherLayout, shard: int) -> bool:
             (folder / array.file_path(shard)).stat().st_size == array.file_bytes(shard)
             for array in layout.features().values()
         ]
-        read_chunk(folder, layout.digests(), shard)
-        read_chunk(folder, layout.moments(), shard)
+        for array in layout.commits():
+            read_chunk(folder, array, shard)
     except (FileNotFoundError, StoreDamagedError):
         return False
     return all(sizes) and bool(np.all(marks != UNWRITTEN))

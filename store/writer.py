@@ -46,12 +46,18 @@ class FeatureWriter:
 
     @classmethod
     def open(
-        cls, path: str | Path, teacher: TeacherSpec, shard_bytes: int = DEFAULT_SHARD_BYTES
+        cls,
+        path: str | Path,
+        teacher: TeacherSpec,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        covariance: bool = False,
     ) -> "FeatureWriter":
         """Begin or resume a teacher in a store made by `create_store`.
 
         `shard_bytes` bounds the size of the largest level's shard files; a teacher that is resumed
-        keeps the rows per shard it was begun with.
+        keeps the rows per shard it was begun with. `covariance` gathers the covariance of each
+        level's channels too; a teacher begun with it keeps it.
 
         Raises:
             StoreLockedError: another writer holds the teacher.
@@ -67,6 +73,7 @@ class FeatureWriter:
             images_digest=root.images_digest,
             views_digest=root.views_digest,
             finished=False,
+            covariance=covariance,
         )
         folder = path / teacher.name
         folder.mkdir(exist_ok=True)

@@ -69,9 +69,15 @@ def extract(
     """
     device = choose_device(extract_config.device)
     teacher = load_teacher(name, teacher_config, image_size, device)
-    shard_bytes = extract_config.shard_megabytes * 2**20
     return extract_teacher(
-        store_path, images, image_size, teacher, extract_config.batch_size, shard_bytes, progress
+        store_path,
+        images,
+        image_size,
+        teacher,
+        extract_config.batch_size,
+        extract_config.shard_megabytes * 2**20,
+        progress,
+        covariance=extract_config.covariance,
     )
 
 
@@ -83,12 +89,15 @@ def extract_teacher(
     batch_size: int,
     shard_bytes: int,
     progress: Progress,
+    *,
+    covariance: bool = False,
 ) -> ExtractSummary:
     """Write a teacher's features of every image that the store lists, then mark them finished.
 
     The store was made by `create_store`; `images` says where its files are. Only shards that are
     not committed are computed. Batches start where shards start, so that the same batches are
-    formed, and the same bits come out, whoever resumes.
+    formed, and the same bits come out, whoever resumes. `covariance` gathers that of each level's
+    channels too.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
@@ -97,7 +106,7 @@ def extract_teacher(
         NonFiniteFeaturesError: the teacher answered with NaN or infinity.
     """
     rows = _open_rows(store_path, images, image_size, teacher)
-    with FeatureWriter.open(store_path, teacher.spec, shard_bytes) as writer:
+    with FeatureWriter.open(store_path, teacher.spec, shard_bytes, covariance=covariance) as writer:
         missing = writer.missing()
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
