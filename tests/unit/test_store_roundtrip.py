@@ -49,6 +49,7 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
     rows_per_shard = data.draw(st.integers(1, 9), label="rows per shard")
     bad = data.draw(st.sets(st.integers(0, rows - 1), max_size=rows - 1), label="quarantined")
     stop = data.draw(st.integers(0, rows), label="rows before the interruption")
+    covariance = data.draw(st.booleans(), label="covariance")
     images, views = sample_images(rows, tuple(bad)), sample_views(rows)
     valid = ~np.isin(np.arange(rows), list(bad))
     size = sample_shard_bytes(SPEC, rows_per_shard)
@@ -56,7 +57,7 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
         path, uninterrupted = Path(folder) / "store", Path(folder) / "whole"
         create_store(path, images, views)
         for limit in (stop, rows):
-            with FeatureWriter.open(path, SPEC, size) as writer:
+            with FeatureWriter.open(path, SPEC, size, covariance=covariance) as writer:
                 for shard in writer.missing():
                     start = shard.start
                     while start < min(shard.stop, limit):
@@ -65,7 +66,9 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
                         start += length
                 if limit == rows:
                     writer.finish()
-        write_store(uninterrupted, images, SPEC, rows_per_shard=rows_per_shard)
+        write_store(
+            uninterrupted, images, SPEC, rows_per_shard=rows_per_shard, covariance=covariance
+        )
         assert tree(path) == tree(uninterrupted)
 
         store = FeatureStore(path)
@@ -83,6 +86,14 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
             assert statistics.count == tokens[..., 0].size
             np.testing.assert_allclose(statistics.mean, tokens.mean(axis=(0, 1, 2)), rtol=1e-12)
             np.testing.assert_allclose(statistics.variance, tokens.var(axis=(0, 1, 2)), rtol=1e-9)
+            assert (statistics.covariance is not None) == covariance
+            if statistics.covariance is not None:
+                matrix = tokens.reshape(-1, tokens.shape[-1])
+                expected_covariance = np.cov(matrix, rowvar=False, bias=True)
+                deviation = np.sqrt(statistics.variance)
+                error = np.abs(statistics.covariance - expected_covariance)
+                assert (error <= 1e-10 * np.outer(deviation, deviation)).all()
+                np.testing.assert_array_equal(np.diag(statistics.covariance), statistics.variance)
         for row in bad:
             with pytest.raises(StoreError, match="zero bytes"):
                 store.read("small", "stage_1", [row])
