@@ -63,7 +63,8 @@ def _rotation(tokens: NDArray[np.float32], parsed: CodecName) -> NDArray[np.floa
     matrix = hadamard(channels)
     if matrix is None:
         raise StoreError(f"no Hadamard matrix of order {channels} is known; use int8-pca")
-    return (matrix / np.sqrt(channels)).astype(np.float16)
+    rotation: NDArray[np.float16] = (matrix / np.sqrt(channels)).astype(np.float16)
+    return rotation
 
 
 def _int8(tokens: NDArray[np.float32], rotation: NDArray[np.float16] | None) -> Int8Codec:
@@ -84,8 +85,7 @@ def _principal_axes(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _fit_bits(tiles: NDArray[np.float32], bits: int) -> BitCodec:
     edge = _block_edge(tiles.shape[1], tiles.shape[-1])
-    width = edge**2 * tiles.shape[-1]
-    blocks = np.concatenate([to_blocks(tile, edge).reshape(-1, width) for tile in compress(tiles)])
+    blocks = to_blocks(stack(compress(tiles)), edge).reshape(-1, edge**2 * tiles.shape[-1])
     mean = blocks.mean(axis=0)
     rotation = _principal_axes(blocks).astype(np.float16)
     components = (blocks - mean) @ rotation.T.astype(np.float32)
@@ -104,6 +104,11 @@ def _fit_bits(tiles: NDArray[np.float32], bits: int) -> BitCodec:
         first=np.cumsum([0, *map(len, tables[:-1])]).astype(np.int32),
         table=np.concatenate(tables).astype(np.float32),
     )
+
+
+def stack(tiles: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return tiles (S, T, T, C) as one tall row (S * T, T, C), which every codec takes."""
+    return tiles.reshape(-1, *tiles.shape[2:])
 
 
 def _block_edge(tile: int, channels: int) -> int:
@@ -170,7 +175,7 @@ def _allocate(ladders: list[_Ladder], budget: int) -> tuple[NDArray[np.int64], N
         for _ in range(8 - int(given[members].sum())):
             open_to = [index for index in members if given[index] < MAX_BITS]
             if open_to:
-                given[max(open_to, key=lambda index: ladders[index].gain(given[index]))] += 1
+                given[max(open_to, key=lambda index: ladders[index].gain(int(given[index])))] += 1
         places[members, 1] = np.cumsum([0, *given[members][:-1]])
     return given, places
 
@@ -180,7 +185,7 @@ def _by_gain(ladders: list[_Ladder], bits: int) -> list[int]:
     given = [0] * len(ladders)
     heap = [(-ladder.gain(0), index) for index, ladder in enumerate(ladders)]
     heapq.heapify(heap)
-    granted = []
+    granted: list[int] = []
     while heap and len(granted) < bits:
         _, index = heapq.heappop(heap)
         granted.append(index)
