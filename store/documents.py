@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from store.errors import StoreDamagedError, StoreFormatError
-from store.files import write_file
+from store.files import read_file, write_file
 from store.layout import group_document
 from store.remote import StorePath
 from store.spec import FORMAT, FORMAT_VERSION
@@ -22,7 +22,7 @@ def load_document(path: StorePath) -> dict[str, Any]:
         StoreDamagedError: the file is missing or no JSON object.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_file(path))
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{path} is missing from the store") from error
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8
@@ -35,7 +35,11 @@ def load_document(path: StorePath) -> dict[str, Any]:
 def write_document(path: StorePath, document: dict[str, Any]) -> None:
     """Place a metadata file, unless it already says just that."""
     data = encode_document(document)
-    if not path.exists() or path.read_bytes() != data:
+    try:
+        there = read_file(path) == data
+    except FileNotFoundError:
+        there = False
+    if not there:
         write_file(path, data)
 
 

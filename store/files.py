@@ -63,6 +63,13 @@ def remove_tree(folder: StorePath) -> None:
         folder.fs.rm(folder.path, recursive=True)
 
 
+def read_file(path: StorePath) -> bytes:
+    """Return the content of a file, in one request where it is remote."""
+    if isinstance(path, Path):
+        return path.read_bytes()
+    return bytes(path.fs.cat_file(path.path, start=0))  # without a start its size is asked first
+
+
 def write_file(path: StorePath, data: bytes) -> None:
     """Place a file atomically and durably, its folders made as needed."""
     if not isinstance(path, Path):
