@@ -11,7 +11,7 @@ from stages.extract.known import TeacherDescription, describe_teachers
 from store.inspect import StoreSummary, TeacherSummary, summarise
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: str) -> Report:
     """Say what a store holds."""
     summary = summarise(path)
     rows = [_level_row(teacher, index) for teacher in summary.teachers

@@ -11,6 +11,7 @@ from store.documents import check_document, write_document
 from store.errors import StoreDamagedError
 from store.files import write_file
 from store.layout import CHECKSUM_BYTES, METADATA, ArrayLayout
+from store.remote import StorePath, each
 
 
 def checksum(data: bytes | NDArray[Any]) -> bytes:
@@ -18,7 +19,7 @@ def checksum(data: bytes | NDArray[Any]) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def write_chunk(folder: Path, layout: ArrayLayout, number: int, values: NDArray[Any]) -> None:
+def write_chunk(folder: StorePath, layout: ArrayLayout, number: int, values: NDArray[Any]) -> None:
     """Place one chunk file of a small array; a short last chunk is padded with zeros."""
     chunk = np.zeros(layout.chunk, layout.dtype)
     chunk[tuple(slice(extent) for extent in values.shape)] = values
@@ -26,7 +27,7 @@ def write_chunk(folder: Path, layout: ArrayLayout, number: int, values: NDArray[
     write_file(folder / layout.file_path(number), data + checksum(data))
 
 
-def read_chunk(folder: Path, layout: ArrayLayout, number: int) -> NDArray[Any]:
+def read_chunk(folder: StorePath, layout: ArrayLayout, number: int) -> NDArray[Any]:
     """Return one chunk of a small array, without its padding.
 
     Raises:
@@ -35,12 +36,9 @@ def read_chunk(folder: Path, layout: ArrayLayout, number: int) -> NDArray[Any]:
     path = folder / layout.file_path(number)
     expected = layout.file_bytes(number)
     try:
-        size = path.stat().st_size
+        data = _read_bounded(path, expected)
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{path} is missing from the store") from error
-    if size != expected:  # before reading, so that no document can make us allocate
-        raise StoreDamagedError(f"{path} should have {expected} bytes, it has {size}")
-    data = path.read_bytes()
     body = data[:-CHECKSUM_BYTES]
     if checksum(body) != data[-CHECKSUM_BYTES:]:
         raise StoreDamagedError(f"{path} is damaged: its checksum does not match")
@@ -48,7 +46,20 @@ def read_chunk(folder: Path, layout: ArrayLayout, number: int) -> NDArray[Any]:
     return chunk[: layout.file_rows(number)] if layout.shape else chunk
 
 
-def write_array(folder: Path, layout: ArrayLayout, values: NDArray[Any]) -> None:
+def _read_bounded(path: StorePath, expected: int) -> bytes:
+    """Return a file of the expected size; another size is not read, so nothing is allocated."""
+    if isinstance(path, Path):
+        size = path.stat().st_size
+        data = path.read_bytes() if size == expected else b""
+    else:  # one request, where asking for the size first would be two
+        data = path.fs.cat_file(path.path, start=0, end=expected + 1)
+        size = len(data) if len(data) <= expected else path.stat().st_size
+    if size != expected:
+        raise StoreDamagedError(f"{path} should have {expected} bytes, it has {size}")
+    return data
+
+
+def write_array(folder: StorePath, layout: ArrayLayout, values: NDArray[Any]) -> None:
     """Place a small array, its metadata last."""
     for number in range(layout.files):
         start = number * layout.chunk[0] if layout.shape else 0
@@ -57,12 +68,12 @@ def write_array(folder: Path, layout: ArrayLayout, values: NDArray[Any]) -> None
     write_document(folder / layout.path / METADATA, layout.document())
 
 
-def read_array(folder: Path, layout: ArrayLayout) -> NDArray[Any]:
+def read_array(folder: StorePath, layout: ArrayLayout) -> NDArray[Any]:
     """Return a small array after checking its metadata.
 
     Raises:
         StoreDamagedError: metadata or a chunk is not what the layout says.
     """
     check_document(folder / layout.path / METADATA, layout.document())
-    chunks = [read_chunk(folder, layout, number) for number in range(layout.files)]
+    chunks = each(folder, lambda number: read_chunk(folder, layout, number), range(layout.files))
     return np.concatenate(chunks) if layout.shape else chunks[0]

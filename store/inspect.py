@@ -16,8 +16,9 @@ import zarr
 
 from store.layout import ArrayLayout
 from store.reader import FeatureStore
+from store.remote import StorePath
 from store.spec import FORMAT_VERSION
-from store.teacher import VALID, is_teacher, missing_shards, read_marks, read_record
+from store.teacher import VALID, missing_shards, read_marks, read_record, teacher_folders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ class StoreSummary:
         return asdict(self)
 
 
-def open_dask(path: str | Path, teacher: str, level: str) -> dask.array.Array:
+def open_dask(path: str | StorePath, teacher: str, level: str) -> dask.array.Array:
     """Return a level (rows, H, W, C), or `global` (rows, C), as float16 in shard-sized chunks.
 
     Rows that are quarantined are zeros: mask them with `FeatureStore.valid`. Cast to float32
@@ -76,14 +77,19 @@ def open_dask(path: str | Path, teacher: str, level: str) -> dask.array.Array:
     """
     store = FeatureStore(path)
     layout = store.array(teacher, level)
-    array = zarr.open_array(store.path / teacher / layout.path, mode="r")
+    address = store.path / teacher / layout.path
+    if isinstance(address, Path):
+        array = zarr.open_array(address, mode="r")
+    else:
+        options = dict(address.storage_options) or None
+        array = zarr.open_array(str(address), mode="r", storage_options=options)
     lazy: dask.array.Array = dask.array.from_zarr(  # type: ignore[no-untyped-call]
         array, chunks=layout.chunk
     )
     return lazy
 
 
-def open_xarray(path: str | Path, teacher: str) -> xarray.Dataset:
+def open_xarray(path: str | StorePath, teacher: str) -> xarray.Dataset:
     """Return a teacher's levels as lazy variables along `row`, with `image` and `valid` beside.
 
     The axes `y`, `x` and `channel` are shared where all levels agree on their size, otherwise each
@@ -118,7 +124,7 @@ def _dimensions(level: str, layouts: dict[str, ArrayLayout]) -> tuple[str, ...]:
     return tuple(name if len(sizes[name]) == 1 else f"{name}_{level}" for name in names)
 
 
-def summarise(path: str | Path) -> StoreSummary:
+def summarise(path: str | StorePath) -> StoreSummary:
     """Return what a store holds, finished or not, from metadata and file sizes only.
 
     Raises:
@@ -126,7 +132,6 @@ def summarise(path: str | Path) -> StoreSummary:
     """
     store = FeatureStore(path)
     images = store.images
-    folders = (folder for folder in sorted(store.path.iterdir()) if is_teacher(folder))
     return StoreSummary(
         path=str(store.path),
         format_version=FORMAT_VERSION,
@@ -140,11 +145,11 @@ def summarise(path: str | Path) -> StoreSummary:
         },
         digest=store.digest(),
         bytes=_folder_bytes(store.path),
-        teachers=tuple(_summarise_teacher(folder) for folder in folders),
+        teachers=tuple(_summarise_teacher(folder) for folder in teacher_folders(store.path)),
     )
 
 
-def _summarise_teacher(folder: Path) -> TeacherSummary:
+def _summarise_teacher(folder: StorePath) -> TeacherSummary:
     record = read_record(folder)
     layout = record.layout
     missing = missing_shards(folder, layout)
@@ -172,5 +177,7 @@ def _summarise_teacher(folder: Path) -> TeacherSummary:
     )
 
 
-def _folder_bytes(folder: Path) -> int:
+def _folder_bytes(folder: StorePath) -> int:
+    if not isinstance(folder, Path):
+        return int(folder.fs.du(folder.path))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,7 +1,6 @@
 """The shard that is being written: rows arrive in order, nothing shows until it is committed."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from store.chunks import read_chunk, write_chunk
 from store.files import remove_file
 from store.layout import TeacherLayout
+from store.remote import StorePath, each
 from store.shard import ShardWriter
 from store.statistics import Moments
 from store.teacher import QUARANTINED, VALID
@@ -17,7 +17,7 @@ from store.teacher import QUARANTINED, VALID
 class PendingShard:
     """One shard of every feature array of a teacher, under temporary names until `commit`."""
 
-    def __init__(self, folder: Path, layout: TeacherLayout, shard: int) -> None:
+    def __init__(self, folder: StorePath, layout: TeacherLayout, shard: int) -> None:
         self._folder = folder
         self._layout = layout
         self.shard = shard
@@ -49,8 +49,7 @@ class PendingShard:
 
     def append(self, arrays: Mapping[str, NDArray[np.float16]], valid: NDArray[np.bool_]) -> None:
         """Add the next rows: each array (n, ...) by level name, `valid` (n,)."""
-        for name, values in arrays.items():
-            self._writers[name].append(values)
+        each(self._folder, lambda name: self._writers[name].append(arrays[name]), arrays)
         for name, moments in self._moments.items():
             # Row by row, so that the sums do not depend on how rows were batched.
             for row in np.flatnonzero(valid):
@@ -67,8 +66,7 @@ class PendingShard:
         # A damaged shard that is written anew: its old mark must not vouch for new files.
         remove_file(self._folder / layout.valid().file_path(shard))
         digests = [np.frombuffer(writer.seal(), np.uint8) for writer in self._writers.values()]
-        for writer in self._writers.values():
-            writer.place()
+        each(self._folder, ShardWriter.place, self._writers.values())
         records = [moments.to_record() for moments in self._moments.values()]
         write_chunk(self._folder, layout.digests(), shard, np.stack(digests)[None])
         write_chunk(self._folder, layout.moments(), shard, np.concatenate(records, axis=1)[None])
@@ -90,12 +88,16 @@ def empty_moments(layout: TeacherLayout) -> dict[str, Moments]:
     }
 
 
-def merge_shards(folder: Path, layout: TeacherLayout) -> dict[str, Moments]:
+def merge_shards(folder: StorePath, layout: TeacherLayout) -> dict[str, Moments]:
     """Return the moments of each level over all committed shards, in the order of rows."""
     totals = empty_moments(layout)
-    for shard in range(layout.shards):
-        record = read_chunk(folder, layout.moments(), shard)[0]
-        line = read_chunk(folder, layout.comoments(), shard)[0] if layout.covariance else None
+    arrays = [array for array in layout.commits() if array.path != layout.digests().path]
+
+    def read(shard: int) -> list[NDArray[np.float64]]:
+        return [read_chunk(folder, array, shard)[0] for array in arrays]
+
+    for record, *lines in each(folder, read, range(layout.shards)):
+        line = lines[0] if lines else None
         start, entry = 0, 0
         for level in layout.spec.levels:
             stop = start + level.channels

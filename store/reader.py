@@ -9,16 +9,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from upath import UPath
 
 from store.chunks import read_array
 from store.documents import check_document
 from store.errors import StoreError, StoreMismatchError, nearest
 from store.layout import METADATA, ArrayLayout
+from store.remote import StorePath, locate
+from store.remote_shards import RemoteShards
 from store.shard import ShardReader
 from store.spec import ImageTable, TeacherSpec, ViewTable, canonical_json
 from store.statistics import Statistics
 from store.tables import read_images, read_root, read_views
-from store.teacher import VALID, TeacherRecord, is_teacher, read_marks, read_record, refuse_unusable
+from store.teacher import (
+    VALID,
+    TeacherRecord,
+    read_marks,
+    read_record,
+    refuse_unusable,
+    teacher_folders,
+)
 
 _OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
 
@@ -35,19 +45,16 @@ class FeatureStore:
         StoreDamagedError: its metadata contradicts its files.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | StorePath) -> None:
+        self.path = locate(path)
         self._root = read_root(self.path)
-        self._records = {
-            folder.name: read_record(folder)
-            for folder in sorted(self.path.iterdir())
-            if is_teacher(folder)
-        }
+        self._records = {folder.name: read_record(folder) for folder in teacher_folders(self.path)}
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._remote: dict[tuple[str, str], RemoteShards] = {}
         self._layouts: dict[tuple[str, str], ArrayLayout] = {}
         self._marks: dict[str, NDArray[np.uint8]] = {}
 
-    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path]]:
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[StorePath]]:
         return type(self), (self.path,)
 
     @property
@@ -163,6 +170,8 @@ class FeatureStore:
         layout = self.array(teacher, level)
         wanted = np.asarray(rows, np.int64)
         self._refuse_rows(teacher, wanted)
+        if not isinstance(self.path, Path):
+            return self._remote_shards(self.path, teacher, level).read(wanted.tolist())
         out: NDArray[np.float16] | None = None
         for position, row in enumerate(wanted.tolist()):
             number, slot = divmod(row, layout.chunk[0])
@@ -228,7 +237,14 @@ class FeatureStore:
         return record
 
     def _open_shard(self, teacher: str, level: str, number: int) -> ShardReader:
+        assert isinstance(self.path, Path)
         return ShardReader(self.path / teacher, self.array(teacher, level), number)
+
+    def _remote_shards(self, path: UPath, teacher: str, level: str) -> RemoteShards:
+        if (teacher, level) not in self._remote:
+            shards = RemoteShards(path / teacher, self.array(teacher, level))
+            self._remote[teacher, level] = shards
+        return self._remote[teacher, level]
 
     def _row_marks(self, teacher: str) -> NDArray[np.uint8]:
         if teacher not in self._marks:

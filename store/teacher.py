@@ -1,8 +1,6 @@
 """A teacher's folder: its own description, which shards are committed, which rows are valid."""
 
-import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +21,9 @@ from store.errors import (
     UnfinishedStoreError,
     difference,
 )
-from store.files import remove_partials
+from store.files import remove_partials, remove_tree
 from store.layout import METADATA, TeacherLayout, group_document
+from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
 from store.tables import RootRecord
 
@@ -82,7 +81,7 @@ class TeacherRecord:
         }
 
 
-def is_teacher(folder: Path) -> bool:
+def is_teacher(folder: StorePath) -> bool:
     """Return whether a folder of a store holds a teacher, finished or begun."""
     if folder.name.startswith(".") or not (folder / METADATA).is_file():
         return False
@@ -90,7 +89,13 @@ def is_teacher(folder: Path) -> bool:
     return isinstance(attributes, dict) and attributes.get("kind") == "teacher"
 
 
-def read_record(folder: Path) -> TeacherRecord:
+def teacher_folders(path: StorePath) -> list[StorePath]:
+    """Return the folders of a store's teachers, by name."""
+    folders = [folder for folder in path.iterdir() if is_teacher(folder)]
+    return sorted(folders, key=lambda folder: folder.name)
+
+
+def read_record(folder: StorePath) -> TeacherRecord:
     """Return what a teacher's folder says about itself, after checking that it hangs together.
 
     Raises:
@@ -119,7 +124,7 @@ def read_record(folder: Path) -> TeacherRecord:
     return record
 
 
-def begin_teacher(folder: Path, asked: TeacherRecord) -> TeacherRecord:
+def begin_teacher(folder: StorePath, asked: TeacherRecord) -> TeacherRecord:
     """Return the record to go on with, its metadata files in place; only the lock's holder may.
 
     Raises:
@@ -130,15 +135,15 @@ def begin_teacher(folder: Path, asked: TeacherRecord) -> TeacherRecord:
         record = read_record(folder)
         _refuse_other(folder, record, asked)
     else:  # somebody may have deleted the description only: what is there is not to be trusted
-        shutil.rmtree(folder / record.layout.valid().path, ignore_errors=True)
+        remove_tree(folder / record.layout.valid().path)
     remove_partials(folder)
-    for path, document in record.layout.documents().items():
-        write_document(folder / path, document)
+    documents = record.layout.documents()
+    each(folder, lambda path: write_document(folder / path, documents[path]), documents)
     write_record(folder, record)
     return record
 
 
-def _refuse_other(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> None:
+def _refuse_other(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -> None:
     # How it is cut and how far it got are no difference, nor are covariances beyond what is asked
     # for: a resumed teacher keeps them.
     same = replace(
@@ -156,7 +161,7 @@ def _refuse_other(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> 
         )
 
 
-def refuse_unusable(folder: Path, record: TeacherRecord, root: RootRecord) -> None:
+def refuse_unusable(folder: StorePath, record: TeacherRecord, root: RootRecord) -> None:
     """Refuse to read a teacher of other images, or one that is not finished.
 
     Raises:
@@ -177,12 +182,12 @@ def refuse_unusable(folder: Path, record: TeacherRecord, root: RootRecord) -> No
         )
 
 
-def write_record(folder: Path, record: TeacherRecord) -> None:
+def write_record(folder: StorePath, record: TeacherRecord) -> None:
     """Place a teacher's description, atomically."""
     write_document(folder / METADATA, group_document(record.to_attributes()))
 
 
-def is_committed(folder: Path, layout: TeacherLayout, shard: int) -> bool:
+def is_committed(folder: StorePath, layout: TeacherLayout, shard: int) -> bool:
     """Return whether a shard's commit mark is there and its files have their full size."""
     try:
         marks = read_chunk(folder, layout.valid(), shard)
@@ -197,12 +202,14 @@ def is_committed(folder: Path, layout: TeacherLayout, shard: int) -> bool:
     return all(sizes) and bool(np.all(marks != UNWRITTEN))
 
 
-def missing_shards(folder: Path, layout: TeacherLayout) -> list[int]:
+def missing_shards(folder: StorePath, layout: TeacherLayout) -> list[int]:
     """Return the shards that are not committed, in order."""
-    return [shard for shard in range(layout.shards) if not is_committed(folder, layout, shard)]
+    shards = range(layout.shards)
+    committed = each(folder, lambda shard: is_committed(folder, layout, shard), shards)
+    return [shard for shard in shards if not committed[shard]]
 
 
-def read_marks(folder: Path, layout: TeacherLayout) -> NDArray[np.uint8]:
+def read_marks(folder: StorePath, layout: TeacherLayout) -> NDArray[np.uint8]:
     """Return the mark of every row of a finished teacher: `VALID` or `QUARANTINED`.
 
     Raises:
@@ -210,7 +217,8 @@ def read_marks(folder: Path, layout: TeacherLayout) -> NDArray[np.uint8]:
     """
     array = layout.valid()
     check_document(folder / array.path / METADATA, array.document())
-    marks = np.concatenate([read_chunk(folder, array, number) for number in range(array.files)])
+    chunks = each(folder, lambda number: read_chunk(folder, array, number), range(array.files))
+    marks = np.concatenate(chunks)
     if not np.isin(marks, (VALID, QUARANTINED)).all():
         raise StoreDamagedError(f"{folder / array.path} marks rows of a finished store unwritten")
     return marks

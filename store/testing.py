@@ -1,13 +1,13 @@
 """Small stores for tests, of this package and of whatever reads or writes one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.create import create_store
+from store.remote import StorePath
 from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
 from store.writer import FeatureWriter
 
@@ -83,7 +83,7 @@ def write_rows(
 
 
 def write_store(
-    path: Path,
+    path: str | StorePath,
     images: ImageTable,
     spec: TeacherSpec,
     *,

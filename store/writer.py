@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +14,10 @@ from store.codecs import encode_float16
 from store.create import create_store
 from store.documents import write_document
 from store.errors import StoreError, UnfinishedStoreError
-from store.files import FolderLock, full_disk_refused
+from store.files import Lock, full_disk_refused, lock_folder, make_folder
 from store.layout import default_rows_per_shard
 from store.pending import PendingShard, merge_shards
+from store.remote import StorePath, locate
 from store.spec import GLOBAL, TeacherSpec
 from store.tables import read_root
 from store.teacher import TeacherRecord, begin_teacher, missing_shards, write_record
@@ -36,7 +36,7 @@ class FeatureWriter:
     committed survives anything, what is not is asked for again.
     """
 
-    def __init__(self, folder: Path, record: TeacherRecord, lock: FolderLock) -> None:
+    def __init__(self, folder: StorePath, record: TeacherRecord, lock: Lock) -> None:
         self._folder = folder
         self._record = record
         self._layout = record.layout
@@ -47,7 +47,7 @@ class FeatureWriter:
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | StorePath,
         teacher: TeacherSpec,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         *,
@@ -64,7 +64,7 @@ class FeatureWriter:
             StoreMismatchError: the teacher is there with another specification, or of other images.
             StoreError: there is no store, or no space.
         """
-        path = Path(path).absolute()
+        path = locate(path)
         root = read_root(path)
         asked = TeacherRecord(
             spec=teacher,
@@ -76,8 +76,8 @@ class FeatureWriter:
             covariance=covariance,
         )
         folder = path / teacher.name
-        folder.mkdir(exist_ok=True)
-        lock = FolderLock(folder)
+        make_folder(folder)
+        lock = lock_folder(folder)
         try:
             with full_disk_refused(folder, lambda: "No features were written"):
                 return cls(folder, begin_teacher(folder, asked), lock)
@@ -116,6 +116,7 @@ class FeatureWriter:
             with full_disk_refused(self._folder, self._state):
                 pending.append(arrays, valid)
                 if pending.full:
+                    self._lock.check()
                     pending.commit()
                     self._missing.remove(pending.shard)
                     self._pending = None
@@ -137,6 +138,7 @@ class FeatureWriter:
             )
         if self._record.finished:
             return
+        self._lock.check()
         with full_disk_refused(self._folder, lambda: "Every shard is safe"):
             self._write_statistics()
             self._set_finished(True)

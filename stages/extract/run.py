@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
 from stages.progress import Progress
 from store.reader import FeatureStore
+from store.remote import StorePath
 from store.spec import TeacherSpec
 from store.writer import FeatureWriter
 
@@ -52,7 +52,7 @@ class ExtractSummary:
 
 
 def extract(
-    store_path: Path,
+    store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     name: str,
@@ -82,7 +82,7 @@ def extract(
 
 
 def extract_teacher(
-    store_path: Path,
+    store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     teacher: Teacher,
@@ -132,7 +132,10 @@ def extract_teacher(
 
 
 def _open_rows(
-    path: Path, images: Sequence[ImageSource], image_size: tuple[int, int], teacher: Teacher
+    path: str | StorePath,
+    images: Sequence[ImageSource],
+    image_size: tuple[int, int],
+    teacher: Teacher,
 ) -> RowReader:
     store = FeatureStore(path)
     if store.views.image_size != image_size:
