@@ -10,7 +10,7 @@ Shapes: `H W` grid, `C` channels, `K` kept components, `D` values of a block of 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,34 +69,9 @@ def parse_codec(name: str) -> CodecName:
     )
 
 
-class Codec(Protocol):
-    """Turns rows of a target into what is stored, and back."""
-
-    @property
-    def dtype(self) -> str:
-        """Type of what is stored, such as `<f2` or `|u1`."""
-        ...
-
-    def stored_shape(self, row: Shape) -> Shape:
-        """Return the shape of a stored row for a target of (H, W, C)."""
-        ...
-
-    def encode(self, row: Values) -> Codes:
-        """Return the codes of one row (H, W, C); what is out of range takes the nearest code."""
-        ...
-
-    def decode(self, codes: Codes) -> Values:
-        """Return the values (H, W, C) of one row of codes."""
-        ...
-
-    def parameters(self) -> dict[str, NDArray[Any]]:
-        """Return the arrays that decoding needs, by name."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatCodec:
-    """Stores the numbers themselves, as float32 or float16."""
+    """Stores the numbers themselves; `dtype` is `<f4` or `<f2`."""
 
     dtype: str
 
@@ -160,7 +135,8 @@ class Int8Codec(_Fitted):
         if self.rotation is not None:
             values = values @ self.rotation.T.astype(np.float32)
         steps = np.sqrt(np.abs(values) / self.scale)
-        return np.copysign(np.minimum(np.rint(steps), 127), values).astype(np.int8)
+        codes: Codes = np.copysign(np.minimum(np.rint(steps), 127), values).astype(np.int8)
+        return codes
 
     def decode(self, codes: Codes) -> Values:
         """Return the values (H, W, C) float32."""
@@ -236,13 +212,13 @@ class BitCodec(_Fitted):
         )
         blocks += self.mean
         tokens = from_blocks(blocks, int(self.block))
-        tokens *= np.linalg.norm(tokens, axis=-1, keepdims=True)
-        return tokens
+        values: NDArray[np.float32] = tokens * np.linalg.norm(tokens, axis=-1, keepdims=True)
+        return values
 
     def _edges(self, index: int) -> NDArray[np.float32]:
         start = self.first[index]
-        entries = self.table[start : start + self.mask[index] + 1]
-        return (entries[1:] + entries[:-1]) / 2
+        entries = self.table[start : start + int(self.mask[index]) + 1]
+        return ((entries[1:] + entries[:-1]) / 2).astype(np.float32)
 
     def check(self, channels: int) -> None:
         """Refuse parameters that do not fit each other.
@@ -265,10 +241,15 @@ class BitCodec(_Fitted):
             raise StoreDamagedError("the low-rate codec's arrays do not fit each other")
 
 
+Codec = FloatCodec | Int8Codec | BitCodec
+"""Each has `dtype`, `stored_shape`, `encode` and `decode` of one row, and `parameters`."""
+
+
 def compress(tokens: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return tokens (..., C) over the root of their norm; `y * norm(y)` undoes it."""
     norms = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    return tokens / np.sqrt(np.maximum(norms, np.float32(1e-12)))
+    compressed: NDArray[np.float32] = tokens / np.sqrt(np.maximum(norms, np.float32(1e-12)))
+    return compressed
 
 
 def to_blocks(row: NDArray[np.float32], edge: int) -> NDArray[np.float32]:

@@ -71,9 +71,14 @@ def read_attributes(path: StorePath) -> dict[str, Any]:
         raise StoreFormatError(f"{path} is not of a feature store; choose another path")
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
         raise StoreFormatError(
             f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}; "
-            "upgrade sak-distill (`pip install --upgrade sak-distill`)"
+            + (
+                "run `sak index` and `sak extract-teachers` with another store path"
+                if older
+                else "upgrade sak-distill (`pip install --upgrade sak-distill`)"
+            )
         )
     # Zarr's tools may add consolidated metadata at the root, so only these keys are compared.
     if {**document, **group_document(attributes)} != document:

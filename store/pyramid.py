@@ -5,19 +5,24 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Grid = tuple[int, int]
+from store.codecs import Values
+from store.spec import Grid
 
 
-def area_average(row: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
-    """Return (h, w, C) of a row (H, W, C), h <= H and w <= W: each cell is the mean over its area.
+def area_average(row: Values, grid: Grid) -> Values:
+    """Return (h, w, C) of a row (H, W, C), h <= H and w <= W: a cell is the mean over its area.
 
     Cells that a finer one straddles share it by area, so that the mean over the grid is kept.
     """
     height, width, channels = row.shape
     if (height, width) == grid:
         return row
+    row = np.asarray(row, np.float32)
     rows = _weights(height, grid[0]) @ row.reshape(height, width * channels)
-    return np.matmul(_weights(width, grid[1]), rows.reshape(grid[0], width, channels))
+    averaged: NDArray[np.float32] = np.matmul(
+        _weights(width, grid[1]), rows.reshape(grid[0], width, channels)
+    )
+    return averaged
 
 
 @lru_cache(maxsize=64)
@@ -26,4 +31,5 @@ def _weights(size: int, cells: int) -> NDArray[np.float32]:
     edges = np.arange(cells + 1) * (size / cells)
     low = np.maximum(edges[:-1, None], np.arange(size))
     high = np.minimum(edges[1:, None], np.arange(1, size + 1))
-    return (np.maximum(high - low, 0) * (cells / size)).astype(np.float32)
+    weights: NDArray[np.float32] = (np.maximum(high - low, 0) * (cells / size)).astype(np.float32)
+    return weights

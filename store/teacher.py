@@ -1,12 +1,15 @@
 """A teacher's folder: its own description, which shards are committed, which rows are valid."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.calibration import FittedTarget
 from store.chunks import read_chunk
+from store.codecs import parse_codec
 from store.documents import (
     check_document,
     load_document,
@@ -22,10 +25,15 @@ from store.errors import (
     difference,
 )
 from store.files import remove_partials, remove_tree
-from store.layout import METADATA, TeacherLayout, group_document
+from store.layout import METADATA, group_document
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
+from store.stored_codecs import describe_codec, write_codec
 from store.tables import RootRecord
+from store.teacher_layout import StoredCodec, TeacherLayout, with_rows_per_shard
+
+Calibrate = Callable[[], Mapping[str, FittedTarget]]
+"""Fits the codec of every target of a teacher, by target name."""
 
 UNWRITTEN, VALID, QUARANTINED = 0, 1, 2
 """Values of a teacher's `valid` array."""
@@ -43,6 +51,8 @@ class TeacherRecord:
     finished: bool
     covariance: bool = False
     """Whether covariances are gathered; no part of the fingerprint, for it changes no feature."""
+    codecs: Mapping[str, StoredCodec] = field(default_factory=dict)
+    """The fitted codec of each target by name; empty where floats are stored."""
 
     @property
     def layout(self) -> TeacherLayout:
@@ -52,6 +62,7 @@ class TeacherRecord:
             rows=self.rows,
             rows_per_shard=self.rows_per_shard,
             covariance=self.covariance,
+            codecs=self.codecs,
         )
 
     def belongs_to(self, root: RootRecord) -> bool:
@@ -64,8 +75,6 @@ class TeacherRecord:
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
-        # The key is there only when set: teachers without it are the same bytes as ever.
-        covariance = {"covariance": True} if self.covariance else {}
         return {
             "kind": "teacher",
             "format": FORMAT,
@@ -77,7 +86,8 @@ class TeacherRecord:
             "images_digest": self.images_digest,
             "views_digest": self.views_digest,
             "finished": self.finished,
-            **covariance,
+            "covariance": self.covariance,
+            "codecs": {name: codec.to_attributes() for name, codec in self.codecs.items()},
         }
 
 
@@ -107,6 +117,7 @@ def read_record(folder: StorePath) -> TeacherRecord:
     spec = attributes.get("spec")
     try:
         record = TeacherRecord(
+            codecs=_read_codecs(attributes.get("codecs")),
             spec=TeacherSpec.from_attributes(spec if isinstance(spec, dict) else {}),
             rows=read_count(attributes, "rows"),
             rows_per_shard=read_count(attributes, "rows_per_shard"),
@@ -118,24 +129,46 @@ def read_record(folder: StorePath) -> TeacherRecord:
     except StoreError as error:
         raise StoreDamagedError(f"{path} is damaged: {error}") from error
     wrong = [key for key, value in record.to_attributes().items() if attributes.get(key) != value]
+    targets = {target.name for target in record.spec.targets}
+    if not wrong and record.codecs.keys() != (
+        set() if parse_codec(record.spec.codec).is_float else targets
+    ):
+        wrong = ["codecs"]
     if wrong or record.spec.name != folder.name:
         detail = ", ".join(wrong) or f"it describes teacher {record.spec.name!r}"
         raise StoreDamagedError(f"{path} contradicts itself ({detail}); delete {folder}")
     return record
 
 
-def begin_teacher(folder: StorePath, asked: TeacherRecord) -> TeacherRecord:
+def _read_codecs(attributes: object) -> dict[str, StoredCodec]:
+    if not isinstance(attributes, dict):
+        raise StoreError(f"codecs must be an object, got {attributes!r:.80}")
+    try:
+        return {str(name): StoredCodec.from_attributes(entry) for name, entry in attributes.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the attributes describe no codecs: {error!r}") from error
+
+
+def begin_teacher(
+    folder: StorePath, asked: TeacherRecord, shard_bytes: int, calibrate: Calibrate | None
+) -> TeacherRecord:
     """Return the record to go on with, its metadata files in place; only the lock's holder may.
+
+    A teacher that is not there yet is cut into shards of `shard_bytes` and, where its codec needs
+    it, calibrated by `calibrate`.
 
     Raises:
         StoreMismatchError: the folder holds something else than asked for.
+        StoreError: a codec has to be fitted, and there is no `calibrate`.
     """
-    record = asked
     if (folder / METADATA).exists():
         record = read_record(folder)
         _refuse_other(folder, record, asked)
     else:  # somebody may have deleted the description only: what is there is not to be trusted
-        remove_tree(folder / record.layout.valid().path)
+        remove_tree(folder / "valid")
+        record = _calibrated(folder, asked, calibrate)
+        layout = with_rows_per_shard(record.layout, shard_bytes)
+        record = replace(record, rows_per_shard=layout.rows_per_shard)
     remove_partials(folder)
     documents = record.layout.documents()
     each(folder, lambda path: write_document(folder / path, documents[path]), documents)
@@ -143,13 +176,30 @@ def begin_teacher(folder: StorePath, asked: TeacherRecord) -> TeacherRecord:
     return record
 
 
+def _calibrated(
+    folder: StorePath, asked: TeacherRecord, calibrate: Calibrate | None
+) -> TeacherRecord:
+    spec = asked.spec
+    if parse_codec(spec.codec).is_float:
+        return asked
+    if calibrate is None:
+        raise StoreError(f"codec {spec.codec} of teacher {spec.name!r} has to be fitted to rows")
+    fitted = calibrate()
+    codecs = {}
+    for target in spec.targets:
+        codecs[target.name] = describe_codec(spec.codec, target, fitted[target.name])
+        write_codec(folder, target, codecs[target.name], fitted[target.name])
+    return replace(asked, codecs=codecs)
+
+
 def _refuse_other(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -> None:
-    # How it is cut and how far it got are no difference, nor are covariances beyond what is asked
-    # for: a resumed teacher keeps them.
+    # How it is cut, what its codecs were fitted to and how far it got are no difference, nor are
+    # covariances beyond what is asked for: a resumed teacher keeps them.
     same = replace(
         asked,
         rows_per_shard=stored.rows_per_shard,
         finished=stored.finished,
+        codecs=stored.codecs,
         covariance=asked.covariance or stored.covariance,
     )
     if stored != same:

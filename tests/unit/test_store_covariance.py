@@ -30,8 +30,8 @@ def test_covariance_only_adds_its_own_files(tmp_path: Path) -> None:
     added = more.keys() - plain.keys()
     assert added == {
         *(f"small/commit/covariance/{name}" for name in ("zarr.json", "c.0.0", "c.1.0")),
-        *(f"small/{level}/stats/covariance/zarr.json" for level in ("stage_1", "stage_2")),
-        *(f"small/{level}/stats/covariance/c.0.0" for level in ("stage_1", "stage_2")),
+        *(f"small/{level}/stats/native/covariance/zarr.json" for level in ("stage_1", "stage_2")),
+        *(f"small/{level}/stats/native/covariance/c.0.0" for level in ("stage_1", "stage_2")),
     }
     changed = {name for name in plain if plain[name] != more.get(name)}
     assert changed == {"small/zarr.json"}

@@ -344,8 +344,8 @@ def test_features_without_their_description_are_not_trusted(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["zarr.json", "small/zarr.json"])
 def test_other_formats_are_refused_with_advice(path: Path, name: str) -> None:
-    edit(path / name, lambda document: document["attributes"].update(format_version=2))
-    with pytest.raises(StoreFormatError, match=r"format version 2, this release reads 1; upgrade"):
+    edit(path / name, lambda document: document["attributes"].update(format_version=3))
+    with pytest.raises(StoreFormatError, match=r"format version 3, this release reads 2; upgrade"):
         FeatureStore(path)
     edit(path / name, lambda document: document["attributes"].pop("format"))
     with pytest.raises(StoreFormatError, match="not of a feature store"):
@@ -393,7 +393,7 @@ def test_hostile_metadata_is_refused(
 
 
 def test_a_consistent_lie_about_the_grid_is_refused_before_allocating(path: Path) -> None:
-    level = replace(SPEC.levels[0], grid=(HUGE, HUGE))
+    level = replace(SPEC.levels[0], grid=(HUGE, HUGE), stored=())
     lie = replace(SPEC, levels=(level, *SPEC.levels[1:]))
 
     def change(document: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def test_xarray_reads_the_same(path: Path, level: str) -> None:
     data = xarray.open_zarr(path, group=f"small/{level}", consolidated=False)
     assert data["native"].dims == ("row", "y", "x", "channel")
     np.testing.assert_array_equal(data["native"].values, features(level))
-    stats = xarray.open_zarr(path, group=f"small/{level}/stats", consolidated=False)
+    stats = xarray.open_zarr(path, group=f"small/{level}/stats/native", consolidated=False)
     tokens = np.delete(features(level), 7, axis=0).astype(np.float64)
     np.testing.assert_allclose(stats["mean"], tokens.mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(stats["variance"], tokens.var(axis=(0, 1, 2)))

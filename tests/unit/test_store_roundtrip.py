@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.errors import StoreError, StoreMismatchError, UnfinishedStoreError
-from store.layout import default_rows_per_shard
 from store.reader import FeatureStore
 from store.spec import GLOBAL, LevelSpec, TeacherSpec
+from store.teacher_layout import MAX_ROWS_PER_SHARD, TeacherLayout, with_rows_per_shard
 from store.testing import (
     sample_features,
     sample_images,
@@ -178,7 +178,7 @@ def test_reader_names_the_nearest(tmp_path: Path) -> None:
         store.read("smal", "stage_1", [0])
     with pytest.raises(StoreError, match="did you mean 'stage_2' or 'stage_1'"):
         store.read("small", "stage_9", [0])
-    with pytest.raises(StoreError, match="no statistics of 'global'"):
+    with pytest.raises(StoreError, match="no grid or statistics of 'global'"):
         store.statistics("small", GLOBAL)
     for row in (-1, 3):
         with pytest.raises(StoreError, match=f"row {row} is not in the store, it has 3"):
@@ -281,7 +281,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path, value: float) -> No
     features = sample_features(SPEC, range(4))
     pooled = features.pop(GLOBAL)
     features["stage_2"][2, 1, 1, 3] = value
-    message = r"level 'stage_2': 1 rows .*: rows 2;"
+    message = r"level 'stage_2': 1 rows \(2\) "
     with FeatureWriter.open(tmp_path, SPEC) as writer:
         with pytest.raises(StoreError, match=message):
             writer.write(range(4), features, pooled, np.ones(4, bool))
@@ -330,6 +330,7 @@ def test_shards_are_bounded_by_the_largest_level() -> None:
     spec = TeacherSpec(
         name="t", levels=(level, replace(level, name="b", channels=1)), provenance={}
     )
-    assert default_rows_per_shard(spec, 128 * 2**20) == 3640
-    assert default_rows_per_shard(spec, 1) == 1
-    assert default_rows_per_shard(spec, 2**40) == 4096
+    layout = TeacherLayout(spec=spec, rows=9, rows_per_shard=1)
+    assert with_rows_per_shard(layout, 128 * 2**20).rows_per_shard == 3640
+    assert with_rows_per_shard(layout, 1).rows_per_shard == 1
+    assert with_rows_per_shard(layout, 2**40).rows_per_shard == MAX_ROWS_PER_SHARD
