@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import logging
 import os
 import pickle
 import signal
@@ -25,7 +24,6 @@ from fsspec.asyn import sync_wrapper
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 from upath import UPath
 
@@ -70,22 +68,7 @@ LARGE = TeacherSpec(  # four rows of its first level are more than the 5 MiB of 
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def bucket(endpoint: str) -> str:
+def bucket(s3_endpoint: str) -> str:
     boto3.client("s3").create_bucket(Bucket="features")
     return "s3://features"
 
@@ -215,8 +198,8 @@ def test_lazy_views_read_the_same(stored: str) -> None:
     np.testing.assert_array_equal(plain["native"].values, features("stage_1"))
 
 
-def test_store_is_picklable_and_takes_options(stored: str, endpoint: str) -> None:
-    path = UPath(stored, client_kwargs={"endpoint_url": endpoint})
+def test_store_is_picklable_and_takes_options(stored: str, s3_endpoint: str) -> None:
+    path = UPath(stored, client_kwargs={"endpoint_url": s3_endpoint})
     for store in (FeatureStore(stored), FeatureStore(path)):
         store.read("small", "stage_1", [0])
         copy = pickle.loads(pickle.dumps(store))
@@ -489,7 +472,7 @@ def test_other_images_and_foreign_objects_are_refused(memory: str) -> None:
         create_store(other, sample_images(6), sample_views(6))
 
 
-def test_no_bucket_is_said_so(endpoint: str) -> None:
+def test_no_bucket_is_said_so(s3_endpoint: str) -> None:
     with pytest.raises(StoreError, match=r"there is no feature store at s3://nowhere/x\.zarr"):
         FeatureStore("s3://nowhere/x.zarr")
     with pytest.raises(StoreError, match=r"cannot be written: .*; create the bucket first"):
