@@ -1,6 +1,5 @@
 """Small arrays: one checksummed chunk per file, read and written whole."""
 
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 
 from store.documents import check_document, write_document
 from store.errors import StoreDamagedError
-from store.files import write_file
+from store.files import read_file, write_file
 from store.layout import CHECKSUM_BYTES, METADATA, ArrayLayout
 from store.remote import StorePath, each
 
@@ -36,27 +35,17 @@ def read_chunk(folder: StorePath, layout: ArrayLayout, number: int) -> NDArray[A
     path = folder / layout.file_path(number)
     expected = layout.file_bytes(number)
     try:
-        data = _read_bounded(path, expected)
+        size = path.stat().st_size
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{path} is missing from the store") from error
+    if size != expected:  # before reading, so that no document can make us allocate
+        raise StoreDamagedError(f"{path} should have {expected} bytes, it has {size}")
+    data = read_file(path)
     body = data[:-CHECKSUM_BYTES]
     if checksum(body) != data[-CHECKSUM_BYTES:]:
         raise StoreDamagedError(f"{path} is damaged: its checksum does not match")
     chunk = np.frombuffer(body, layout.dtype).reshape(layout.chunk)
     return chunk[: layout.file_rows(number)] if layout.shape else chunk
-
-
-def _read_bounded(path: StorePath, expected: int) -> bytes:
-    """Return a file of the expected size; another size is not read, so nothing is allocated."""
-    if isinstance(path, Path):
-        size = path.stat().st_size
-        data = path.read_bytes() if size == expected else b""
-    else:  # one request, where asking for the size first would be two
-        data = path.fs.cat_file(path.path, start=0, end=expected + 1)
-        size = len(data) if len(data) <= expected else path.stat().st_size
-    if size != expected:
-        raise StoreDamagedError(f"{path} should have {expected} bytes, it has {size}")
-    return data
 
 
 def write_array(folder: StorePath, layout: ArrayLayout, values: NDArray[Any]) -> None:

@@ -64,10 +64,8 @@ def remove_tree(folder: StorePath) -> None:
 
 
 def read_file(path: StorePath) -> bytes:
-    """Return the content of a file, in one request where it is remote."""
-    if isinstance(path, Path):
-        return path.read_bytes()
-    return bytes(path.fs.cat_file(path.path, start=0))  # without a start its size is asked first
+    """Return the content of a file."""
+    return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
 
 
 def write_file(path: StorePath, data: bytes) -> None:

@@ -125,7 +125,7 @@ class Lease:
 
 def _read_holder(path: UPath) -> dict[str, Any]:
     try:
-        holder = json.loads(path.read_bytes())
+        holder = json.loads(path.fs.cat_file(path.path))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

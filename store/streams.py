@@ -59,6 +59,11 @@ class Upload:
         self._path = path
         self._file: Any = path.fs.open(path.path, "wb", block_size=_PART_BYTES)
 
+    def __del__(self) -> None:
+        # Losing one of fsspec's files to the collector would complete what is there.
+        if isinstance(getattr(self, "_file", None), AbstractBufferedFile):
+            self._file.closed = True
+
     def write(self, data: bytes | memoryview) -> None:
         """Append."""
         with self._refusals():
@@ -83,8 +88,7 @@ class Upload:
 
     def _abort(self) -> None:
         if isinstance(self._file, AbstractBufferedFile):
-            # Closing such a file, or losing it to the collector, would complete what is there.
-            self._file.closed = True
+            self._file.closed = True  # closing would complete what is there
             with remote_errors(self._path):
                 self._file.discard()
         else:  # memory: it has shown since it was opened

@@ -1,32 +1,15 @@
 """Images to a trained student with the features in a bucket, through the commands."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import numpy as np
-import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from pipeline.cli import app
 from store.reader import FeatureStore
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
 
 
 def sak(*arguments: str | Path, code: int = 0) -> str:
@@ -35,7 +18,9 @@ def sak(*arguments: str | Path, code: int = 0) -> str:
     return result.output
 
 
-def test_commands_take_a_url(bucket: str, tiny_params: Path, tmp_path: Path) -> None:
+def test_commands_take_a_url(s3_endpoint: str, tiny_params: Path, tmp_path: Path) -> None:
+    bucket = "s3://bucket"
+    boto3.client("s3").create_bucket(Bucket="bucket")
     options = ("--params", tiny_params, "--json")
     local = yaml.safe_load(tiny_params.read_text())["store"]
     sak("index", *options)
