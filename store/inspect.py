@@ -107,8 +107,11 @@ def open_dask(
     if fitted is None:
         return lazy
     row = (*(resolution or store.grids(teacher, level)[0]), _channels(store, teacher, level))
-    decoded: dask.array.Array = lazy.map_blocks(  # type: ignore[no-untyped-call]
-        _decode, fitted.codec, dtype=np.float32, chunks=(lazy.chunks[0], *((side,) for side in row))
+    decoded: dask.array.Array = lazy.map_blocks(
+        _decode,  # type: ignore[arg-type]
+        fitted.codec,
+        dtype=np.float32,
+        chunks=(lazy.chunks[0], *((side,) for side in row)),
     )
     return decoded
 

@@ -75,6 +75,6 @@ def test_covariance_once_begun_is_kept(tmp_path: Path) -> None:
 
 def test_lost_covariance_is_refused(tmp_path: Path) -> None:
     write_store(tmp_path, sample_images(4), SPEC, covariance=True)
-    (tmp_path / "small" / "stage_1" / "stats" / "covariance" / "c.0.0").unlink()
+    (tmp_path / "small" / "stage_1" / "stats" / "native" / "covariance" / "c.0.0").unlink()
     with pytest.raises(StoreError, match=r"covariance/c\.0\.0 is missing"):
         FeatureStore(tmp_path).statistics("small", "stage_1")

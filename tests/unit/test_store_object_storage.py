@@ -37,11 +37,11 @@ from store.errors import (
     UnfinishedStoreError,
 )
 from store.inspect import open_dask, open_xarray, summarise
-from store.layout import TeacherLayout
 from store.reader import FeatureStore
 from store.remote import locate
 from store.shard import ShardWriter
 from store.spec import GLOBAL, LevelSpec, TeacherSpec
+from store.teacher_layout import TeacherLayout
 from store.testing import (
     sample_features,
     sample_images,
