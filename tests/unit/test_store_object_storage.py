@@ -368,7 +368,7 @@ def test_failed_upload_drops_its_shard_only(url: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("end", ["discard", "forget"])
 def test_shard_shows_only_once_placed(url: str, end: str) -> None:
     folder = locate(url)
-    layout = TeacherLayout(spec=SPEC, rows=ROWS, rows_per_shard=4).features()["stage_1"]
+    layout = TeacherLayout(spec=SPEC, rows=ROWS, rows_per_shard=4).features()["stage_1/native"]
     shown = folder / layout.file_path(0)
     values = features("stage_1")[:4]
     writer = ShardWriter(folder, layout, 0)
