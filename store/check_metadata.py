@@ -1,0 +1,213 @@
+"""The checks that read no features: metadata documents, tables, and files that do not belong."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from store.documents import check_document, encode_document, load_document
+from store.errors import StoreDamagedError, StoreError, StoreFormatError
+from store.findings import Verification
+from store.layout import METADATA, ArrayLayout, TeacherLayout, group_document
+from store.spec import ImageTable
+from store.tables import RootRecord, read_images, read_root, read_views, table_layouts
+from store.teacher import TeacherRecord, is_teacher, read_record
+
+_CONSOLIDATED = "consolidated_metadata"
+_TABLES = ("images", "views")
+
+
+def check_root(path: Path, found: Verification) -> tuple[RootRecord | None, ImageTable | None]:
+    """Check the root and its tables; return what could be read of them.
+
+    Raises:
+        StoreError: there is no store at all, or one of another format or version.
+    """
+    mend = (
+        f"delete {METADATA}, images and views in {path} (not the teachers) and run `sak index`: "
+        "with the same images it writes the same tables"
+    )
+    found.performed |= {("store", check) for check in ("metadata", "files", "tables")}
+    try:
+        root = read_root(path)
+    except StoreFormatError:
+        raise
+    except StoreDamagedError as error:
+        found.add("damage", "metadata", str(error), mend)
+        return None, None
+    images = None
+    try:
+        images = read_images(path)
+    except StoreError as error:
+        found.add("damage", "tables", str(error), mend)
+    try:
+        read_views(path)
+    except StoreError as error:
+        found.add("damage", "tables", str(error), mend)
+    for name in _TABLES:
+        _check_bytes(path / name / METADATA, group_document({}), found, mend)
+    if images is not None:
+        layouts = table_layouts(images, root.rows)
+        for layout in layouts:
+            _check_bytes(path / layout.path / METADATA, layout.document(), found, mend)
+        _check_tables_files(path, layouts, found)
+    return root, images
+
+
+def check_root_document(
+    path: Path, root: RootRecord, below: Mapping[str, dict[str, Any]], found: Verification
+) -> None:
+    """Check the root's own document; `below` is every document that consolidation would copy."""
+    mend = f"delete {METADATA}, images and views in {path} (not the teachers) and run `sak index`"
+    expected = group_document(root.to_attributes())
+    document = load_document(path / METADATA)
+    if _CONSOLIDATED not in document:
+        _check_bytes(path / METADATA, expected, found, mend)
+        return
+    check_document(path / METADATA, {**expected, _CONSOLIDATED: document[_CONSOLIDATED]})
+    consolidated = document[_CONSOLIDATED]
+    copies = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    copies = copies if isinstance(copies, dict) else {}
+    known = {name.removesuffix(f"/{METADATA}"): text for name, text in below.items()}
+    stale = [name for name, text in known.items() if not _says(copies.get(name), text)]
+    stale += [name for name in copies if name not in known]
+    if stale:
+        found.add(
+            "suspect", "metadata",
+            f"the consolidated metadata at the root is stale for {len(stale)} groups or arrays, "
+            f"such as {stale[0]!r}: tools that believe it miss them or read them wrongly",
+            f"python -c \"import zarr; zarr.consolidate_metadata('{path}')\"",
+        )  # fmt: skip
+    else:
+        found.add("remark", "metadata", "another tool added consolidated metadata to the root")
+
+
+def check_description(
+    folder: Path, root: RootRecord | None, found: Verification
+) -> TeacherRecord | None:
+    """Check a teacher's own description and return it, or None where nothing can be believed."""
+    name = folder.name
+    again = f"delete {folder} and run `sak extract-teachers {name}`"
+    found.performed |= {(name, "metadata"), (name, "files")}
+    try:
+        record = read_record(folder)
+    except StoreError as error:
+        found.add("damage", "metadata", str(error), again, teacher=name)
+        return None
+    if root is not None and not record.belongs_to(root):
+        found.add(
+            "damage", "metadata",
+            f"it was extracted for other images or views than {folder.parent} now lists",
+            again, teacher=name,
+        )  # fmt: skip
+    mend = f"`sak extract-teachers {name}` writes its metadata anew"
+    _check_bytes(
+        folder / METADATA, group_document(record.to_attributes()), found, mend, teacher=name
+    )
+    for path, document in record.layout.documents().items():
+        _check_bytes(folder / path, document, found, mend, teacher=name)
+    mend = f"`sak verify {folder.parent} --repair`, then `sak extract-teachers {name}`"
+    for path, document in record.layout.statistics_documents().items():
+        if record.finished or (folder / path).exists():
+            _check_bytes(folder / path, document, found, mend, teacher=name)
+    return record
+
+
+def documents_below(records: Mapping[str, TeacherRecord], tables: list[ArrayLayout]) -> Any:
+    """Return every metadata document of a store but the root's, by path below the root."""
+    documents = {f"{name}/{METADATA}": group_document({}) for name in _TABLES}
+    documents |= {f"{layout.path}/{METADATA}": layout.document() for layout in tables}
+    for name, record in records.items():
+        layout = record.layout
+        documents[f"{name}/{METADATA}"] = group_document(record.to_attributes())
+        below = layout.documents() | (layout.statistics_documents() if record.finished else {})
+        documents |= {f"{name}/{path}": text for path, text in below.items()}
+    return documents
+
+
+def teacher_folders(path: Path, found: Verification) -> list[Path]:
+    """Return the folders of teachers, and note what else lies in the store."""
+    folders = []
+    for entry in sorted(path.iterdir()):
+        if entry.name in (*_TABLES, METADATA) or entry.name.startswith("."):
+            _note_partial(entry, found)
+            continue
+        try:
+            teacher = entry.is_dir() and is_teacher(entry)
+        except StoreDamagedError:  # its description cannot even be parsed
+            teacher = True
+        if teacher:
+            folders.append(entry)
+            continue
+        kind = "folder" if entry.is_dir() else "file"
+        found.add(
+            "damage" if (entry / "valid").is_dir() else "suspect", "files",
+            f"{entry} is no part of the store" if kind == "file" or not (entry / "valid").is_dir()
+            else f"{entry} looks like a teacher, but its {METADATA} does not say so",
+            f"look at it; if it is not needed, delete the {kind}",
+        )  # fmt: skip
+    return folders
+
+
+def check_teacher_files(folder: Path, layout: TeacherLayout, found: Verification) -> None:
+    """Note files below a teacher that the format does not know."""
+    arrays = [*layout.features().values(), layout.valid(), layout.digests(), layout.moments()]
+    for level in layout.spec.levels:
+        arrays += layout.statistics(level.name).values()
+    known = {METADATA, *layout.documents(), *layout.statistics_documents(), *_chunk_files(arrays)}
+    _check_unknown(folder, folder, known, found, teacher=folder.name)
+
+
+def _check_tables_files(path: Path, layouts: list[ArrayLayout], found: Verification) -> None:
+    known = {f"{name}/{METADATA}" for name in _TABLES}
+    known |= {f"{layout.path}/{METADATA}" for layout in layouts} | _chunk_files(layouts)
+    for name in _TABLES:
+        _check_unknown(path, path / name, known, found)
+
+
+def _chunk_files(arrays: list[ArrayLayout]) -> set[str]:
+    return {array.file_path(number) for array in arrays for number in range(array.files)}
+
+
+def _check_unknown(
+    base: Path, folder: Path, known: set[str], found: Verification, **where: Any
+) -> None:
+    for file in folder.rglob("*"):
+        if file.name.startswith("."):
+            _note_partial(file, found, **where)
+        elif file.is_file() and file.relative_to(base).as_posix() not in known:
+            found.add(
+                "suspect", "files", f"{file} is no part of the store",
+                "look at it; if it is not needed, delete the file", **where,
+            )  # fmt: skip
+
+
+def _note_partial(file: Path, found: Verification, **where: Any) -> None:
+    if file.name.startswith(".") and file.name.endswith(".partial"):
+        found.add(
+            "remark", "files", f"{file} was left by a writer that was killed (or is at work now)",
+            "`sak gc` removes it", **where,
+        )  # fmt: skip
+
+
+def _check_bytes(
+    path: Path, expected: dict[str, Any], found: Verification, mend: str, **where: Any
+) -> None:
+    """Compare a document's bytes: there is one way to write it, and so no flip goes unseen."""
+    try:
+        if path.exists() and path.read_bytes() == encode_document(expected):
+            return
+        check_document(path, expected)
+    except StoreDamagedError as error:
+        found.add("damage", "metadata", str(error), mend, **where)
+        return
+    found.add(
+        "suspect", "metadata",
+        f"{path} says what it should, but not in the bytes that were written: it was edited, "
+        "rewritten by another tool, or damaged where it does not show",
+        mend, **where,
+    )  # fmt: skip
+
+
+def _says(copy: object, document: dict[str, Any]) -> bool:
+    """Whether a consolidated copy says what the document does; tools add keys of their own."""
+    return isinstance(copy, dict) and {**copy, **document} == copy

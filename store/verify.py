@@ -1,0 +1,226 @@
+"""Verifies a store: every byte against every other thing that is known about it.
+
+What a flipped bit meets: metadata documents have one spelling and are compared as bytes; small
+arrays end in a checksum; the tables have digests at the root; shard files have a SHA-256 in their
+commit record, a checksum per row and one of the index; statistics are computed again. Nothing is
+written, `repair` aside.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.audit import LevelAudit, centre_of
+from store.check_metadata import (
+    check_description,
+    check_root,
+    check_root_document,
+    check_teacher_files,
+    documents_below,
+    teacher_folders,
+)
+from store.check_shards import (
+    ShardScene,
+    check_shard_data,
+    check_sizes,
+    check_statistics,
+    read_commit,
+    read_mark,
+)
+from store.errors import StoreDamagedError, StoreError, nearest
+from store.feature_findings import note_numbers
+from store.files import FolderLock, remove_file
+from store.findings import Meter, NoMeter, Verification
+from store.reader import FeatureStore
+from store.spec import ImageTable
+from store.tables import RootRecord, table_layouts
+from store.teacher import VALID, TeacherRecord, read_record, write_record
+
+_BATCH_BYTES = 2**23
+_CENTRE_ROWS = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What one verification carries along; `usable` says which rows must have features."""
+
+    path: Path
+    root: RootRecord | None
+    images: ImageTable | None
+    usable: NDArray[np.bool_] | None
+    quick: bool
+    meter: Meter
+    found: Verification
+
+    def image(self, row: int) -> str | None:
+        """Return the id of a row's image where the table can be read."""
+        if self.images is None or self.root is None or row >= self.root.rows:
+            return None
+        return self.images.ids[row // self.root.views_per_image]
+
+
+def verify(
+    path: str | Path,
+    teachers: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    meter: Meter | None = None,
+) -> Verification:
+    """Check a store, or some of its teachers; all findings are collected.
+
+    `quick` leaves the feature files unread: metadata, tables, sizes, marks, statistics only.
+    Otherwise memory is one batch of rows and 24 bytes per row and level. `meter` counts shard
+    files, then audited rows.
+
+    Raises:
+        StoreError: there is no store, one of another format version, or no such teacher.
+    """
+    path, started = Path(path).absolute(), time.perf_counter()
+    found = Verification(path=str(path))
+    root, images = check_root(path, found)
+    run = _Run(
+        path=path,
+        root=root,
+        images=images,
+        usable=_usable(root, images),
+        quick=quick,
+        meter=meter or NoMeter(),
+        found=found,
+    )
+    folders = teacher_folders(path, found)
+    chosen = _choose(folders, teachers)
+    records = {folder.name: check_description(folder, root, found) for folder in chosen}
+    good = {name: record for name, record in records.items() if record is not None}
+    if len(chosen) == len(folders) == len(good) and root is not None and images is not None:
+        tables = table_layouts(images, root.rows)
+        check_root_document(path, root, documents_below(good, tables), found)
+    for name, record in good.items():
+        _check_teacher(run, path / name, record)
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+def repair(path: str | Path, found: Verification) -> list[str]:
+    """Make `sak extract-teachers` compute again what `found` says is damaged; return what was done.
+
+    Deletes nothing but the commit marks of damaged shards, and takes back the finished mark of
+    their teachers, so that readers refuse them. Healthy shards are not touched.
+
+    Raises:
+        StoreLockedError: a writer is at work on such a teacher.
+    """
+    path, done = Path(path).absolute(), []
+    wrong = [entry for entry in found.findings if entry.severity == "damage" and entry.teacher]
+    for name in sorted({str(entry.teacher) for entry in wrong}):
+        entries = [entry for entry in wrong if entry.teacher == name]
+        shards = sorted({entry.shard for entry in entries if entry.shard is not None})
+        if shards or any(entry.check == "statistics" for entry in entries):
+            done += _reopen(path / name, shards)
+    return done
+
+
+def _reopen(folder: Path, shards: list[int]) -> list[str]:
+    try:
+        record = read_record(folder)
+    except StoreDamagedError:
+        return []  # nothing says what the files mean; the finding says what to do
+    lock = FolderLock(folder)
+    try:
+        for shard in shards:  # first: a teacher without its finished mark, but with all commit
+            remove_file(folder / record.layout.valid().file_path(shard))  # marks, would be finished
+        write_record(folder, replace(record, finished=False))
+    finally:
+        lock.release()
+    what = f"shards {', '.join(map(str, shards))}" if shards else "its statistics"
+    return [f"{folder.name}: {what} will be computed again by `sak extract-teachers {folder.name}`"]
+
+
+def _usable(root: RootRecord | None, images: ImageTable | None) -> NDArray[np.bool_] | None:
+    if root is None or images is None:
+        return None
+    return np.repeat([status == "ok" for status in images.statuses], root.views_per_image)
+
+
+def _choose(folders: list[Path], names: Sequence[str]) -> list[Path]:
+    known = {folder.name: folder for folder in folders}
+    for name in names:
+        if name not in known:
+            raise StoreError(f"there is no teacher {name!r} to verify: {nearest(name, known)}")
+    return [known[name] for name in dict.fromkeys(names)] if names else folders
+
+
+def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
+    found, layout, name = run.found, record.layout, folder.name
+    belongs = run.root is not None and record.belongs_to(run.root)
+    found.performed |= {(name, "commits")} | (set() if run.quick else {(name, "data")})
+    check_teacher_files(folder, layout, found)
+    healthy: dict[str, list[NDArray[np.int64]]] = {level: [] for level in layout.features()}
+    run.meter.start(f"verify {name}", layout.shards * len(healthy))
+    absent = 0
+    for shard in range(layout.shards):
+        scene = ShardScene(
+            folder=folder,
+            layout=layout,
+            shard=shard,
+            usable=run.usable if belongs else None,
+            image=run.image,
+            found=found,
+        )
+        marks = read_mark(scene, record.finished)
+        if marks is None:
+            absent += 1
+            run.meter.advance(len(healthy))
+            continue
+        sound = check_sizes(scene)
+        if run.quick:
+            read_commit(scene)
+            run.meter.advance(len(healthy))
+            continue
+        for level in check_shard_data(scene, marks, sound, run.meter.advance):
+            rows = layout.shard_rows(shard)
+            healthy[level].append(np.flatnonzero(marks == VALID) + rows.start)
+    if record.finished:
+        found.performed.add((name, "statistics"))
+        check_statistics(folder, layout, found)
+        if not run.quick and belongs:
+            _audit(run, name, healthy)
+        return
+    found.add(
+        "remark", "commits",
+        f"it is not finished: {absent} of {layout.shards} shards are missing",
+        f"`sak extract-teachers {name}` goes on with them", teacher=name,
+    )  # fmt: skip
+
+
+def _audit(run: _Run, name: str, healthy: dict[str, list[NDArray[np.int64]]]) -> None:
+    try:
+        store = FeatureStore(run.path)
+        marks = store.valid(name)
+    except StoreError:
+        return  # what makes it unreadable is noted already
+    run.found.performed.add((name, "features"))
+    run.meter.start(f"audit {name}", sum(len(part) for parts in healthy.values() for part in parts))
+    for level, parts in healthy.items():
+        good = np.concatenate([np.empty(0, np.int64), *parts])
+        good = good[marks[good]]
+        if len(good):
+            _audit_level(run, store, name, level, good)
+
+
+def _audit_level(
+    run: _Run, store: FeatureStore, name: str, level: str, rows: NDArray[np.int64]
+) -> None:
+    spread = rows[:: max(1, len(rows) // _CENTRE_ROWS)]
+    audit = LevelAudit(name, level, centre_of(store.read(name, level, spread)))
+    batch = max(1, _BATCH_BYTES // store.array(name, level).row_bytes)
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        audit.add(part, store.read(name, level, part))
+        run.meter.advance(len(part))
+    numbers = audit.numbers()
+    run.found.numbers.append(numbers)
+    note_numbers(numbers, store, run.found)
