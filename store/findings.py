@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from store.audit import FeatureNumbers
 
@@ -12,6 +12,7 @@ Severity = Literal["damage", "suspect", "remark"]
 CHECKS = ("metadata", "files", "tables", "commits", "data", "statistics", "features", "live")
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Is told how far a check got; `stages.progress.Progress` is one."""
 

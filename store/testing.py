@@ -1,6 +1,6 @@
 """Small stores for tests, of this package and of whatever reads or writes one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.create import create_store
+from store.reader import FeatureStore
 from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
 from store.writer import FeatureWriter
 
@@ -98,3 +99,36 @@ def write_store(
         for shard in writer.missing():
             write_rows(writer, spec, shard, valid)
         writer.finish()
+
+
+def read_everything(path: Path, teacher: str = "small") -> dict[str, NDArray[Any]]:
+    """Return what readers may get of a finished teacher: features of valid rows, and statistics."""
+    store = FeatureStore(path)
+    assert len(store.images) * store.views.views_per_image == len(store.views)
+    rows = np.flatnonzero(store.valid(teacher))
+    values: dict[str, NDArray[Any]] = {"valid rows": rows}
+    for level in store.levels(teacher):
+        values[level] = store.read(teacher, level, rows)
+    for entry in store.teachers[teacher].levels:
+        values[f"mean of {entry.name}"] = store.statistics(teacher, entry.name).mean
+        values[f"variance of {entry.name}"] = store.statistics(teacher, entry.name).variance
+    return values
+
+
+def flip_bits(
+    folder: Path, per_file: int, generator: np.random.Generator
+) -> Iterator[tuple[Path, int]]:
+    """Flip one random bit after the other, `per_file` in every file below a folder.
+
+    Yields the file and the byte's offset while the bit is flipped; the file is put right after.
+    """
+    for file in [file for file in sorted(folder.rglob("*")) if file.is_file()]:
+        original = file.read_bytes()
+        for position in generator.integers(0, len(original), per_file).tolist():
+            flipped = bytearray(original)
+            flipped[position] ^= 1 << int(generator.integers(8))
+            file.write_bytes(flipped)
+            try:
+                yield file, position
+            finally:
+                file.write_bytes(original)

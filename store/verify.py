@@ -186,7 +186,7 @@ def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
     if record.finished:
         found.performed.add((name, "statistics"))
         check_statistics(folder, layout, found)
-        if not run.quick and belongs:
+        if not run.quick and belongs and run.images is not None:
             _audit(run, name, healthy)
         return
     found.add(
@@ -200,15 +200,18 @@ def _audit(run: _Run, name: str, healthy: dict[str, list[NDArray[np.int64]]]) ->
     try:
         store = FeatureStore(run.path)
         marks = store.valid(name)
-    except StoreError:
-        return  # what makes it unreadable is noted already
+    except StoreDamagedError:
+        return  # noted already, as damage of what it names
     run.found.performed.add((name, "features"))
     run.meter.start(f"audit {name}", sum(len(part) for parts in healthy.values() for part in parts))
     for level, parts in healthy.items():
         good = np.concatenate([np.empty(0, np.int64), *parts])
         good = good[marks[good]]
-        if len(good):
-            _audit_level(run, store, name, level, good)
+        try:
+            if len(good):
+                _audit_level(run, store, name, level, good)
+        except StoreDamagedError as error:
+            run.found.add("damage", "features", f"not audited: {error}", teacher=name, level=level)
 
 
 def _audit_level(
