@@ -134,7 +134,9 @@ def check_statistics(folder: Path, layout: TeacherLayout, found: Verification) -
             except StoreDamagedError as error:
                 found.add("damage", "statistics", str(error), mend, teacher=name, level=level)
                 continue
-            if expected is None or not np.array_equal(stored, getattr(expected, part)):
+            if expected is None or not np.array_equal(
+                stored, getattr(expected, part), equal_nan=True
+            ):
                 what = f"{folder / array.path} is not what the commit records add up to"
                 found.add("damage", "statistics", what, mend, teacher=name, level=level)
 
