@@ -83,7 +83,13 @@ def _report(found: Verification, live: list[dict[str, Any]], repaired: list[str]
         columns=("check", *scopes),
         rows=tuple((check, *(_cell(found, scope, check) for scope in scopes)) for check in made),
         data={**found.to_json(), "live": live, "repaired": repaired},
-        remarks=(*_findings(found), *repaired, *_live_lines(live), _summary(found)),
+        remarks=(
+            *_findings(found),
+            *repaired,
+            *_feature_lines(found),
+            *_live_lines(live),
+            _summary(found),
+        ),
     )
 
 
@@ -106,6 +112,16 @@ def _findings(found: Verification) -> list[str]:
 def _line(finding: Finding) -> str:
     mend = f"; {finding.mend}" if finding.mend else ""
     return f"{finding.severity}: {finding.where()}: {finding.what}{mend}"
+
+
+def _feature_lines(found: Verification) -> list[str]:
+    return [
+        f"features: {one.teacher}, {one.level}: {one.rows} rows, RMS {one.rms:.4g}, peak "
+        f"{one.peak:.3g} x in channel {one.peak_channel}, strongest channel {one.top_share:.1%} of "
+        f"the energy, {len(one.dead_channels)} of {one.channels} channels dead, "
+        f"{one.outliers} outliers"
+        for one in found.numbers
+    ]
 
 
 def _live_lines(live: list[dict[str, Any]]) -> list[str]:

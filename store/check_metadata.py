@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from store.documents import check_document, encode_document, load_document
-from store.errors import StoreDamagedError, StoreError, StoreFormatError
+from store.errors import StoreDamagedError, StoreError
 from store.findings import Verification
 from store.layout import METADATA, ArrayLayout, TeacherLayout, group_document
 from store.spec import ImageTable
@@ -29,8 +29,6 @@ def check_root(path: Path, found: Verification) -> tuple[RootRecord | None, Imag
     found.performed |= {("store", check) for check in ("metadata", "files", "tables")}
     try:
         root = read_root(path)
-    except StoreFormatError:
-        raise
     except StoreDamagedError as error:
         found.add("damage", "metadata", str(error), mend)
         return None, None
@@ -43,6 +41,7 @@ def check_root(path: Path, found: Verification) -> tuple[RootRecord | None, Imag
         read_views(path)
     except StoreError as error:
         found.add("damage", "tables", str(error), mend)
+        return root, None  # nothing confirms how many rows there are
     for name in _TABLES:
         _check_bytes(path / name / METADATA, group_document({}), found, mend)
     if images is not None:
@@ -54,37 +53,53 @@ def check_root(path: Path, found: Verification) -> tuple[RootRecord | None, Imag
 
 
 def check_root_document(
-    path: Path, root: RootRecord, below: Mapping[str, dict[str, Any]], found: Verification
+    path: Path, root: RootRecord, below: Mapping[str, dict[str, Any]] | None, found: Verification
 ) -> None:
-    """Check the root's own document; `below` is every document that consolidation would copy."""
+    """Check the root's own document; `below` is every document that consolidation would copy.
+
+    Copies are not compared where `below` is None: not all of those documents are known.
+    """
     mend = f"delete {METADATA}, images and views in {path} (not the teachers) and run `sak index`"
     expected = group_document(root.to_attributes())
     document = load_document(path / METADATA)
     if _CONSOLIDATED not in document:
         _check_bytes(path / METADATA, expected, found, mend)
         return
-    check_document(path / METADATA, {**expected, _CONSOLIDATED: document[_CONSOLIDATED]})
     consolidated = document[_CONSOLIDATED]
+    try:
+        check_document(path / METADATA, {**expected, _CONSOLIDATED: consolidated})
+    except StoreDamagedError as error:
+        found.add("damage", "metadata", str(error), mend)
+    if below is not None:
+        _check_copies(path, consolidated, below, found)
+
+
+def _check_copies(
+    path: Path, consolidated: object, below: Mapping[str, dict[str, Any]], found: Verification
+) -> None:
     copies = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     copies = copies if isinstance(copies, dict) else {}
     known = {name.removesuffix(f"/{METADATA}"): text for name, text in below.items()}
     stale = [name for name, text in known.items() if not _says(copies.get(name), text)]
     stale += [name for name in copies if name not in known]
-    if stale:
-        found.add(
-            "suspect", "metadata",
-            f"the consolidated metadata at the root is stale for {len(stale)} groups or arrays, "
-            f"such as {stale[0]!r}: tools that believe it miss them or read them wrongly",
-            f"python -c \"import zarr; zarr.consolidate_metadata('{path}')\"",
-        )  # fmt: skip
-    else:
+    if not stale:
         found.add("remark", "metadata", "another tool added consolidated metadata to the root")
+        return
+    found.add(
+        "suspect", "metadata",
+        f"the consolidated metadata at the root is stale for {len(stale)} groups or arrays, such "
+        f"as {stale[0]!r}: tools that believe it miss them or read them wrongly",
+        f"python -c \"import zarr; zarr.consolidate_metadata('{path}')\"",
+    )  # fmt: skip
 
 
 def check_description(
     folder: Path, root: RootRecord | None, found: Verification
 ) -> TeacherRecord | None:
-    """Check a teacher's own description and return it, or None where nothing can be believed."""
+    """Check a teacher's own description and return it, or None where nothing can be believed.
+
+    How many rows there are is believed only where the root says the same.
+    """
     name = folder.name
     again = f"delete {folder} and run `sak extract-teachers {name}`"
     found.performed |= {(name, "metadata"), (name, "files")}
@@ -93,12 +108,14 @@ def check_description(
     except StoreError as error:
         found.add("damage", "metadata", str(error), again, teacher=name)
         return None
-    if root is not None and not record.belongs_to(root):
-        found.add(
-            "damage", "metadata",
-            f"it was extracted for other images or views than {folder.parent} now lists",
-            again, teacher=name,
-        )  # fmt: skip
+    if root is None:
+        what = "it was not checked further: the store's root must be mended first"
+        found.add("remark", "metadata", what, teacher=name)
+        return None
+    if not record.belongs_to(root):
+        what = f"it was extracted for other images or views than {folder.parent} now lists"
+        found.add("damage", "metadata", what, again, teacher=name)
+        return None
     mend = f"`sak extract-teachers {name}` writes its metadata anew"
     _check_bytes(
         folder / METADATA, group_document(record.to_attributes()), found, mend, teacher=name
@@ -112,7 +129,9 @@ def check_description(
     return record
 
 
-def documents_below(records: Mapping[str, TeacherRecord], tables: list[ArrayLayout]) -> Any:
+def documents_below(
+    records: Mapping[str, TeacherRecord], tables: list[ArrayLayout]
+) -> dict[str, dict[str, Any]]:
     """Return every metadata document of a store but the root's, by path below the root."""
     documents = {f"{name}/{METADATA}": group_document({}) for name in _TABLES}
     documents |= {f"{layout.path}/{METADATA}": layout.document() for layout in tables}

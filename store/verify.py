@@ -95,9 +95,12 @@ def verify(
     chosen = _choose(folders, teachers)
     records = {folder.name: check_description(folder, root, found) for folder in chosen}
     good = {name: record for name, record in records.items() if record is not None}
-    if len(chosen) == len(folders) == len(good) and root is not None and images is not None:
-        tables = table_layouts(images, root.rows)
-        check_root_document(path, root, documents_below(good, tables), found)
+    if root is not None:
+        whole = len(chosen) == len(folders) == len(good)
+        below = None
+        if whole and images is not None:
+            below = documents_below(good, table_layouts(images, root.rows))
+        check_root_document(path, root, below, found)
     for name, record in good.items():
         _check_teacher(run, path / name, record)
     found.seconds = time.perf_counter() - started
@@ -155,7 +158,6 @@ def _choose(folders: list[Path], names: Sequence[str]) -> list[Path]:
 
 def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
     found, layout, name = run.found, record.layout, folder.name
-    belongs = run.root is not None and record.belongs_to(run.root)
     found.performed |= {(name, "commits")} | (set() if run.quick else {(name, "data")})
     check_teacher_files(folder, layout, found)
     healthy: dict[str, list[NDArray[np.int64]]] = {level: [] for level in layout.features()}
@@ -166,7 +168,7 @@ def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
             folder=folder,
             layout=layout,
             shard=shard,
-            usable=run.usable if belongs else None,
+            usable=run.usable,
             image=run.image,
             found=found,
         )
@@ -186,7 +188,7 @@ def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
     if record.finished:
         found.performed.add((name, "statistics"))
         check_statistics(folder, layout, found)
-        if not run.quick and belongs and run.images is not None:
+        if not run.quick and run.images is not None:
             _audit(run, name, healthy)
         return
     found.add(

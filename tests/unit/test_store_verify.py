@@ -151,6 +151,13 @@ def test_even_blanks_of_metadata_are_compared(
     assert "not in the bytes that were written" in finding.what
 
 
+def test_the_root_is_checked_beside_a_damaged_teacher(path: Path) -> None:
+    (path / "zarr.json").write_bytes((path / "zarr.json").read_bytes() + b" ")
+    (path / "small" / "zarr.json").write_bytes(b"{")
+    places = [(entry.teacher, entry.severity) for entry in wrong(verify(path, quick=True))]
+    assert places == [("small", "damage"), (None, "suspect")]
+
+
 @pytest.mark.parametrize("name", ["small/zarr.json", "views/zarr.json", "small/valid/zarr.json"])
 def test_attributes_that_somebody_added_are_found(path: Path, name: str) -> None:
     edit(path / name, lambda document: document["attributes"].update(note="mine"))
@@ -350,6 +357,13 @@ def test_a_teacher_of_other_images_is_damage(path: Path) -> None:
     assert "extracted for other images" in finding.what
 
 
+@pytest.mark.parametrize("name", ["zarr.json", "small/zarr.json"])
+@pytest.mark.parametrize("key", ["rows", "images", "views_per_image", "rows_per_shard"])
+def test_huge_numbers_are_damage_and_cost_nothing(path: Path, name: str, key: str) -> None:
+    edit(path / name, lambda document: document["attributes"].update({key: 10**15}))
+    assert not verify(path).clean
+
+
 def test_all_damage_is_reported_at_once(path: Path) -> None:
     for shard in (0, 2):
         (path / "small" / DATA.format(shard)).unlink()
@@ -438,6 +452,20 @@ def test_repair_of_statistics_reads_no_features_again(path: Path) -> None:
         assert writer.missing() == []
         writer.finish()
     assert files(path) == whole
+
+
+def test_a_repair_that_is_killed_half_way_leaves_a_store_that_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(path / "small" / DATA.format(1), 50)
+    found = verify(path)
+    monkeypatch.setattr("store.verify.write_record", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        repair(path, found)
+    with pytest.raises(StoreError):
+        FeatureStore(path).read("small", "stage_1", [0])
+    with FeatureWriter.open(path, SPEC) as writer:
+        assert writer.missing() == [range(4, 8)]
 
 
 def test_repair_touches_nothing_sound_and_waits_for_writers(path: Path) -> None:
