@@ -90,14 +90,14 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
 
 @app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
+    store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
     as_json: AsJson = False,
 ) -> None:
     """Show what a store holds: teachers, levels, grids, bytes, coverage, provenance."""
     from pipeline import tables
 
     result = tables.inspect(store)
-    console.show(str(store), result, as_json)
+    console.show(store, result, as_json)
 
 
 @app.command(epilog="Example: sak verify artifacts/features.zarr --live; exit code 3: findings")

@@ -45,7 +45,7 @@ def index(params: Params, progress: Progress) -> IndexSummary:
         },
         splits={name: len(ids) for name, ids in dataset.splits.items()},
         tasks=tuple(task.name for task in dataset.tasks),
-        store=str(params.store),
+        store=params.store,
         images_digest=images.digest(),
     )
 

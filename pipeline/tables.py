@@ -11,23 +11,28 @@ from stages.extract.known import TeacherDescription, describe_teachers
 from store.inspect import StoreSummary, TeacherSummary, summarise
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: str) -> Report:
     """Say what a store holds."""
     summary = summarise(path)
     rows = [_level_row(teacher, index) for teacher in summary.teachers
             for index in range(len(teacher.levels))]  # fmt: skip
     return Report(
-        columns=("teacher", "level", "row shape", "bytes", "shards", "coverage", "model"),
+        columns=(
+            "teacher", "level", "row shape", "codec", "bytes", "cosine", "1st pct", "shards",
+            "coverage", "model",
+        ),
         rows=tuple(rows),
         data=summary.to_json(),
         remarks=_store_remarks(summary),
-    )
+    )  # fmt: skip
 
 
 def _level_row(teacher: TeacherSummary, index: int) -> tuple[object, ...]:
     level = teacher.levels[index]
     shape = " x ".join(str(side) for side in level.shape)
-    cells: tuple[object, ...] = (level.name, f"{shape} {level.dtype}", decimal(level.bytes))
+    kept = level.fidelity
+    cosines = ("", "") if kept is None else (f"{kept.cosine_mean:.4f}", f"{kept.cosine_p01:.4f}")
+    cells: tuple[object, ...] = (level.name, shape, level.codec, decimal(level.bytes), *cosines)
     if index:
         return ("", *cells, "", "", "")
     coverage = f"{teacher.coverage:.0%}" + ("" if teacher.finished else " (unfinished)")

@@ -46,6 +46,7 @@ class FeatureNumbers:
     non_finite: int
     non_finite_rows: tuple[int, ...]
     saturated: int
+    stored_values: int
     dead_channels: tuple[int, ...]
     rms: float
     peak: float
@@ -89,7 +90,7 @@ class LevelAudit:
         self._lowest = np.full(channels, np.inf)
         self._highest = np.full(channels, -np.inf)
         self._energy = np.zeros(channels)
-        self._tokens = self._non_finite = self._saturated = 0
+        self._tokens = self._non_finite = self._saturated = self._stored = 0
         self._bytes, self._seconds = 0, 0.0
         self._bad_rows: list[int] = []
         self._parts: list[tuple[NDArray[Any], ...]] = []
@@ -107,7 +108,9 @@ class LevelAudit:
         started = time.perf_counter()
         if not len(rows):
             return
-        self._saturated += saturated(values if stored is None else stored)
+        codes = values if stored is None else stored
+        self._saturated += saturated(codes)
+        self._stored += codes.size
         tokens = self._finite(rows, _tokens(values))
         self._lowest = np.minimum(self._lowest, tokens.min(axis=(0, 1)))
         self._highest = np.maximum(self._highest, tokens.max(axis=(0, 1)))
@@ -135,6 +138,7 @@ class LevelAudit:
             non_finite=self._non_finite,
             non_finite_rows=tuple(self._bad_rows),
             saturated=self._saturated,
+            stored_values=self._stored,
             dead_channels=self._dead(),
             rms=rms,
             peak=float(magnitudes.max()) / rms if rms else 0.0,

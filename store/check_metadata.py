@@ -1,22 +1,24 @@
 """The checks that read no features: metadata documents, tables, and files that do not belong."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from store.documents import check_document, encode_document, load_document
 from store.errors import StoreDamagedError, StoreError
+from store.files import names_below, read_file
 from store.findings import Verification
-from store.layout import METADATA, ArrayLayout, TeacherLayout, group_document
+from store.layout import METADATA, ArrayLayout, group_document
+from store.remote import StorePath
 from store.spec import ImageTable
 from store.tables import RootRecord, read_images, read_root, read_views, table_layouts
 from store.teacher import TeacherRecord, is_teacher, read_record
+from store.teacher_layout import TeacherLayout, codec_layouts
 
 _CONSOLIDATED = "consolidated_metadata"
 _TABLES = ("images", "views")
 
 
-def check_root(path: Path, found: Verification) -> tuple[RootRecord | None, ImageTable | None]:
+def check_root(path: StorePath, found: Verification) -> tuple[RootRecord | None, ImageTable | None]:
     """Check the root and its tables; return what could be read of them.
 
     Raises:
@@ -53,7 +55,10 @@ def check_root(path: Path, found: Verification) -> tuple[RootRecord | None, Imag
 
 
 def check_root_document(
-    path: Path, root: RootRecord, below: Mapping[str, dict[str, Any]] | None, found: Verification
+    path: StorePath,
+    root: RootRecord,
+    below: Mapping[str, dict[str, Any]] | None,
+    found: Verification,
 ) -> None:
     """Check the root's own document; `below` is every document that consolidation would copy.
 
@@ -75,7 +80,7 @@ def check_root_document(
 
 
 def _check_copies(
-    path: Path, consolidated: object, below: Mapping[str, dict[str, Any]], found: Verification
+    path: StorePath, consolidated: object, below: Mapping[str, dict[str, Any]], found: Verification
 ) -> None:
     copies = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     copies = copies if isinstance(copies, dict) else {}
@@ -94,7 +99,7 @@ def _check_copies(
 
 
 def check_description(
-    folder: Path, root: RootRecord | None, found: Verification
+    folder: StorePath, root: RootRecord | None, found: Verification
 ) -> TeacherRecord | None:
     """Check a teacher's own description and return it, or None where nothing can be believed.
 
@@ -143,10 +148,11 @@ def documents_below(
     return documents
 
 
-def teacher_folders(path: Path, found: Verification) -> list[Path]:
+def teacher_folders(path: StorePath, found: Verification) -> list[StorePath]:
     """Return the folders of teachers, and note what else lies in the store."""
     folders = []
-    for entry in sorted(path.iterdir()):
+    entries: list[StorePath] = [*path.iterdir()]
+    for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name in (*_TABLES, METADATA) or entry.name.startswith("."):
             _note_partial(entry, found)
             continue
@@ -167,20 +173,22 @@ def teacher_folders(path: Path, found: Verification) -> list[Path]:
     return folders
 
 
-def check_teacher_files(folder: Path, layout: TeacherLayout, found: Verification) -> None:
+def check_teacher_files(folder: StorePath, layout: TeacherLayout, found: Verification) -> None:
     """Note files below a teacher that the format does not know."""
-    arrays = [*layout.features().values(), layout.valid(), layout.digests(), layout.moments()]
-    for level in layout.spec.levels:
-        arrays += layout.statistics(level.name).values()
+    arrays = [*layout.features().values(), layout.valid(), *layout.commits()]
+    for target in layout.spec.targets:
+        arrays += layout.statistics(target).values()
+        if target.name in layout.codecs:
+            arrays += codec_layouts(target, layout.codecs[target.name]).values()
     known = {METADATA, *layout.documents(), *layout.statistics_documents(), *_chunk_files(arrays)}
-    _check_unknown(folder, folder, known, found, teacher=folder.name)
+    _check_unknown(folder, "", known, found, teacher=folder.name)
 
 
-def _check_tables_files(path: Path, layouts: list[ArrayLayout], found: Verification) -> None:
+def _check_tables_files(path: StorePath, layouts: list[ArrayLayout], found: Verification) -> None:
     known = {f"{name}/{METADATA}" for name in _TABLES}
     known |= {f"{layout.path}/{METADATA}" for layout in layouts} | _chunk_files(layouts)
     for name in _TABLES:
-        _check_unknown(path, path / name, known, found)
+        _check_unknown(path / name, f"{name}/", known, found)
 
 
 def _chunk_files(arrays: list[ArrayLayout]) -> set[str]:
@@ -188,19 +196,19 @@ def _chunk_files(arrays: list[ArrayLayout]) -> set[str]:
 
 
 def _check_unknown(
-    base: Path, folder: Path, known: set[str], found: Verification, **where: Any
+    folder: StorePath, before: str, known: set[str], found: Verification, **where: Any
 ) -> None:
-    for file in folder.rglob("*"):
-        if file.name.startswith("."):
-            _note_partial(file, found, **where)
-        elif file.is_file() and file.relative_to(base).as_posix() not in known:
+    for name in names_below(folder):
+        if name.rpartition("/")[2].startswith("."):
+            _note_partial(folder / name, found, **where)
+        elif before + name not in known:
             found.add(
-                "suspect", "files", f"{file} is no part of the store",
+                "suspect", "files", f"{folder / name} is no part of the store",
                 "look at it; if it is not needed, delete the file", **where,
             )  # fmt: skip
 
 
-def _note_partial(file: Path, found: Verification, **where: Any) -> None:
+def _note_partial(file: StorePath, found: Verification, **where: Any) -> None:
     if file.name.startswith(".") and file.name.endswith(".partial"):
         found.add(
             "remark", "files", f"{file} was left by a writer that was killed (or is at work now)",
@@ -209,11 +217,11 @@ def _note_partial(file: Path, found: Verification, **where: Any) -> None:
 
 
 def _check_bytes(
-    path: Path, expected: dict[str, Any], found: Verification, mend: str, **where: Any
+    path: StorePath, expected: dict[str, Any], found: Verification, mend: str, **where: Any
 ) -> None:
     """Compare a document's bytes: there is one way to write it, and so no flip goes unseen."""
     try:
-        if path.exists() and path.read_bytes() == encode_document(expected):
+        if path.exists() and read_file(path) == encode_document(expected):
             return
         check_document(path, expected)
     except StoreDamagedError as error:

@@ -5,13 +5,20 @@ from pathlib import Path
 
 from store.documents import write_document
 from store.errors import StoreError, StoreMismatchError, difference
-from store.files import full_disk_refused, parent_lock, partial_path, sync_folder
+from store.files import (
+    creation_lock,
+    full_disk_refused,
+    partial_path,
+    remove_tree,
+    sync_folder,
+)
 from store.layout import METADATA, group_document
+from store.remote import StorePath, locate
 from store.spec import ImageTable, ViewTable
 from store.tables import RootRecord, read_images, read_root, write_tables
 
 
-def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None:
+def create_store(path: str | StorePath, images: ImageTable, views: ViewTable) -> None:
     """Make a store for these images and views, without any teacher; all at once or not at all.
 
     Does nothing when the store is there for the same images and views. A folder that holds only
@@ -21,7 +28,7 @@ def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None
         StoreMismatchError: the store is there for other images or views.
         StoreError: the path holds something that is no feature store.
     """
-    path = Path(path).absolute()
+    path = locate(path)
     record = RootRecord(
         images=len(images),
         images_digest=images.digest(),
@@ -31,17 +38,32 @@ def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None
     )
     if len(views) != record.rows:
         raise StoreError(f"{record.rows} rows are needed, the view table has {len(views)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parent_lock(path):
-        if (path / METADATA).exists():
-            _refuse_other(path, record, images)
+    if not isinstance(path, Path) and _is_there(path, record, images):
+        return  # without a lease, which takes the right to write
+    with creation_lock(path):
+        if _is_there(path, record, images):
             return
         _refuse_foreign(path)
         with full_disk_refused(path, lambda: "Nothing was written"):
             _build(path, record, images, views)
 
 
-def _build(path: Path, record: RootRecord, images: ImageTable, views: ViewTable) -> None:
+def _is_there(path: StorePath, record: RootRecord, images: ImageTable) -> bool:
+    there = (path / METADATA).exists()
+    if there:
+        _refuse_other(path, record, images)
+    return there
+
+
+def _build(path: StorePath, record: RootRecord, images: ImageTable, views: ViewTable) -> None:
+    if not isinstance(
+        path, Path
+    ):  # nothing can be renamed, but nobody reads before the root is there
+        for name in ("images", "views"):
+            remove_tree(path / name)
+        write_tables(path, images, views)
+        write_document(path / METADATA, group_document(record.to_attributes()))
+        return
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -58,7 +80,7 @@ def _build(path: Path, record: RootRecord, images: ImageTable, views: ViewTable)
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_foreign(path: Path) -> None:
+def _refuse_foreign(path: StorePath) -> None:
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; choose another path for the store")
     for entry in path.iterdir() if path.exists() else ():
@@ -71,7 +93,7 @@ def _refuse_foreign(path: Path) -> None:
             )
 
 
-def _refuse_other(path: Path, asked: RootRecord, images: ImageTable) -> None:
+def _refuse_other(path: StorePath, asked: RootRecord, images: ImageTable) -> None:
     stored = read_root(path)
     if stored == asked:
         return

@@ -4,20 +4,69 @@ Outliers, massive activations and single dead channels are normal in good teache
 three), so they are remarks and fail no gate; what no good teacher does is a finding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from store.audit import FeatureNumbers
+import numpy as np
+from numpy.typing import NDArray
+
+from store.audit import FeatureNumbers, LevelAudit, centre_of
+from store.codecs import Codes, Values
 from store.findings import Severity, Verification
 from store.reader import FeatureStore
+from store.spec import Grid
 
+_BATCH_BYTES = 2**23
+_CENTRE_ROWS = 64
 _SHOWN = 5
 _DEAD_SHARE = 0.1
 _PEAK = 100.0  # of the root mean square; Sun et al. 2024 call activations massive from there on
 _TOP_SHARE = 0.5
+_CLIPPED_SHARE = 1e-4  # of int8 codes; the fitted range allows for rows beyond the sample's
 
 
-def note_numbers(numbers: FeatureNumbers, store: FeatureStore, found: Verification) -> None:
-    """Note what is wrong or remarkable in the numbers of a level."""
+def audit_target(
+    store: FeatureStore,
+    teacher: str,
+    target: str,
+    rows: NDArray[np.int64],
+    found: Verification,
+    advance: Callable[[int], None],
+) -> None:
+    """Note the numbers of `rows` (n,) of a level at one resolution, and what is odd about them.
+
+    Raises:
+        StoreDamagedError: a file changed since it was checked.
+    """
+    grids = {one.name: (one.level, one.grid) for one in store.teachers[teacher].targets}
+    level, grid = grids.get(target, (target, None))
+    spread = rows[:: max(1, len(rows) // _CENTRE_ROWS)]
+    sample, _ = _read(store, teacher, level, spread, grid)
+    audit = LevelAudit(teacher, target, centre_of(sample))
+    batch = max(1, _BATCH_BYTES // sample[0].nbytes)
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        values, codes = _read(store, teacher, level, part, grid)
+        audit.add(part, values, codes)
+        advance(len(part))
+    numbers = audit.numbers()
+    found.numbers.append(numbers)
+    note_numbers(numbers, store, found, coded=codes.dtype.kind != "f")
+
+
+def _read(
+    store: FeatureStore, teacher: str, level: str, rows: NDArray[np.int64], grid: Grid | None
+) -> tuple[Values, Codes]:
+    """Return what readers get of rows, and what is stored of them, read once."""
+    codes = store.read_codes(teacher, level, rows, grid)
+    fitted = store.codec(teacher, level, grid)
+    values = codes if fitted is None else np.stack([fitted.codec.decode(row) for row in codes])
+    return values, codes
+
+
+def note_numbers(
+    numbers: FeatureNumbers, store: FeatureStore, found: Verification, *, coded: bool
+) -> None:
+    """Note what is wrong or remarkable in the numbers of a target; `coded`: by a fitted codec."""
     place = {"teacher": numbers.teacher, "level": numbers.level}
     name = numbers.teacher
     ids = store.images.ids
@@ -33,10 +82,13 @@ def note_numbers(numbers: FeatureNumbers, store: FeatureStore, found: Verificati
     for row in numbers.zero_rows:
         note("suspect", "the row is all zeros, but is marked valid", anew, row)
     if numbers.saturated:
+        few = coded and numbers.saturated <= _CLIPPED_SHARE * numbers.stored_values
         note(
-            "suspect", f"{numbers.saturated} values are at the limit of the stored type",
-            "leave the level out, or store it with a wider codec",
-        )  # fmt: skip
+            "remark" if few else "suspect",
+            f"{numbers.saturated} of {numbers.stored_values} values are at the limit of the stored "
+            "type",
+            "" if few else "leave the level out, or store it with a wider codec",
+        )
     if numbers.dead_channels:
         share = len(numbers.dead_channels) / numbers.channels
         note(

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from store.errors import StoreError, StoreLockedError
+from store.lease import Lease
+from store.remote import StorePath, missing_bucket_refused
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # disk, quota, file-size limit
 _PARTIAL = ".partial"
@@ -19,8 +21,14 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the temporary files that a killed writer left; only the folder's owner may."""
+def remove_partials(folder: StorePath) -> None:
+    """Remove the temporary files that a killed writer left; only the folder's owner may.
+
+    On object storage there are none: what was not completed shows nowhere. Its parts still cost
+    money, so give the bucket the usual lifecycle rule (AbortIncompleteMultipartUpload).
+    """
+    if not isinstance(folder, Path):
+        return
     for path in folder.rglob(f".*{_PARTIAL}"):
         path.unlink()
 
@@ -41,8 +49,39 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def make_folder(folder: StorePath) -> None:
+    """Make a folder below one that exists; object storage has none to make."""
+    if isinstance(folder, Path):
+        folder.mkdir(exist_ok=True)
+
+
+def names_below(folder: StorePath) -> list[str]:
+    """Return the name of every file below a folder, relative to it, hidden ones too."""
+    if isinstance(folder, Path):
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return [path.relative_to(folder).as_posix() for path in paths]
+    return [name.removeprefix(folder.path).lstrip("/") for name in folder.fs.find(folder.path)]
+
+
+def remove_tree(folder: StorePath) -> None:
+    """Remove a folder, if it is there, and everything below it."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
+
+
+def read_file(path: StorePath) -> bytes:
+    """Return the content of a file."""
+    return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
+
+
+def write_file(path: StorePath, data: bytes) -> None:
     """Place a file atomically and durably, its folders made as needed."""
+    if not isinstance(path, Path):
+        with missing_bucket_refused(path):
+            path.fs.pipe_file(path.path, data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -60,7 +99,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
+def full_disk_refused(path: StorePath, state: Callable[[], str]) -> Iterator[None]:
     """Turn a full disk, quota or file-size limit into a message that says what is safe (`state`).
 
     Raises:
@@ -69,7 +108,7 @@ def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in _NO_SPACE or not isinstance(path, Path):
             raise
         free = shutil.disk_usage(path if path.exists() else path.parent).free
         raise StoreError(
@@ -79,8 +118,26 @@ def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def parent_lock(path: Path) -> Iterator[None]:
-    """Hold the folder that contains `path` while the store itself is made; waits for its turn."""
+def creation_lock(path: StorePath) -> Iterator[None]:
+    """Hold `path` while the store itself is made; waits for its turn where that can be done.
+
+    Raises:
+        StoreLockedError: on object storage, somebody else makes it.
+    """
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _parent_lock(path):
+            yield
+        return
+    lease = Lease(path)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+@contextmanager
+def _parent_lock(path: Path) -> Iterator[None]:
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -106,6 +163,9 @@ class FolderLock:
                 f"another process is writing {folder}; wait until it ends, or stop it"
             ) from error
 
+    def check(self) -> None:
+        """Do nothing: the kernel never gives it away."""
+
     def release(self) -> None:
         """Let others in; a second call does nothing."""
         if self._descriptor is not None:
@@ -115,8 +175,23 @@ class FolderLock:
             self._descriptor = None
 
 
-def remove_file(path: Path) -> None:
+Lock = FolderLock | Lease
+
+
+def lock_folder(folder: StorePath) -> Lock:
+    """Return exclusive use of a folder.
+
+    Raises:
+        StoreLockedError: another process or writer holds it.
+    """
+    return FolderLock(folder) if isinstance(folder, Path) else Lease(folder)
+
+
+def remove_file(path: StorePath) -> None:
     """Remove a file if it is there, durably."""
+    if not isinstance(path, Path):
+        path.unlink(missing_ok=True)
+        return
     with suppress(FileNotFoundError):
         path.unlink()
         sync_folder(path.parent)

@@ -9,7 +9,17 @@ from store.audit import FeatureNumbers
 Severity = Literal["damage", "suspect", "remark"]
 """Bytes that cannot be trusted; sound bytes that look wrong; worth knowing, no harm."""
 
-CHECKS = ("metadata", "files", "tables", "commits", "data", "statistics", "features", "live")
+CHECKS = (
+    "metadata",
+    "files",
+    "tables",
+    "codecs",
+    "commits",
+    "data",
+    "statistics",
+    "features",
+    "live",
+)
 
 
 @runtime_checkable

@@ -9,16 +9,37 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from upath import UPath
 
+from store.calibration import FittedTarget
 from store.chunks import read_array
+from store.codecs import Codes, Values
 from store.documents import check_document
 from store.errors import StoreError, StoreMismatchError, nearest
 from store.layout import METADATA, ArrayLayout
+from store.remote import StorePath, locate
+from store.remote_shards import RemoteShards
 from store.shard import ShardReader
-from store.spec import ImageTable, TeacherSpec, ViewTable, canonical_json
+from store.spec import (
+    GLOBAL,
+    Grid,
+    ImageTable,
+    LevelSpec,
+    TeacherSpec,
+    ViewTable,
+    canonical_json,
+)
 from store.statistics import Statistics
+from store.stored_codecs import read_codec
 from store.tables import read_images, read_root, read_views
-from store.teacher import VALID, TeacherRecord, is_teacher, read_marks, read_record, refuse_unusable
+from store.teacher import (
+    VALID,
+    TeacherRecord,
+    read_marks,
+    read_record,
+    refuse_unusable,
+    teacher_folders,
+)
 
 _OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
 
@@ -35,19 +56,17 @@ class FeatureStore:
         StoreDamagedError: its metadata contradicts its files.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | StorePath) -> None:
+        self.path = locate(path)
         self._root = read_root(self.path)
-        self._records = {
-            folder.name: read_record(folder)
-            for folder in sorted(self.path.iterdir())
-            if is_teacher(folder)
-        }
+        self._records = {folder.name: read_record(folder) for folder in teacher_folders(self.path)}
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._remote: dict[tuple[str, str], RemoteShards] = {}
         self._layouts: dict[tuple[str, str], ArrayLayout] = {}
+        self._codecs: dict[tuple[str, str], FittedTarget | None] = {}
         self._marks: dict[str, NDArray[np.uint8]] = {}
 
-    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path]]:
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[StorePath]]:
         return type(self), (self.path,)
 
     @property
@@ -92,8 +111,13 @@ class FeatureStore:
         Name the teachers that were used, and adding another does not change the digest.
         """
         names = sorted(self.teachers if teachers is None else set(teachers))
-        prints = {name: self._record(name).spec.fingerprint() for name in names}
-        parts = [self._root.images_digest, self._root.views_digest, prints]
+        records = {name: self._record(name) for name in names}
+        prints = {name: record.spec.fingerprint() for name, record in records.items()}
+        codecs = {
+            name: {target: stored.digest for target, stored in record.codecs.items()}
+            for name, record in records.items()
+        }
+        parts = [self._root.images_digest, self._root.views_digest, prints, codecs]
         return sha256(canonical_json(parts).encode()).hexdigest()
 
     def require(
@@ -151,66 +175,148 @@ class FeatureStore:
         return np.equal(marks, VALID)
 
     def read(
-        self, teacher: str, level: str, rows: Sequence[int] | NDArray[np.integer[Any]]
-    ) -> NDArray[np.float16]:
+        self,
+        teacher: str,
+        level: str,
+        rows: Sequence[int] | NDArray[np.integer[Any]],
+        resolution: Grid | None = None,
+    ) -> Values:
         """Return (n, H, W, C) of a level, or (n, C) of `global`, in the order of `rows`.
 
+        `resolution` is one of `grids`, the finest where left out. float16 where floats are stored
+        as such, otherwise decoded to float32.
+
         Raises:
-            StoreError: unknown teacher, level or row, or a row that is quarantined.
+            StoreError: unknown teacher, level, resolution or row, or a row that is quarantined.
             UnfinishedStoreError: the teacher is not finished.
             StoreDamagedError: a checksum does not match.
         """
-        layout = self.array(teacher, level)
+        codes = self.read_codes(teacher, level, rows, resolution)
+        fitted = self.codec(teacher, level, resolution)
+        if fitted is None or not len(codes):
+            return codes
+        return np.stack([fitted.codec.decode(row) for row in codes])
+
+    def read_codes(
+        self,
+        teacher: str,
+        level: str,
+        rows: Sequence[int] | NDArray[np.integer[Any]],
+        resolution: Grid | None = None,
+    ) -> Codes:
+        """Return what is stored of `rows`, which `codec` decodes; see `read`."""
+        layout = self.array(teacher, level, resolution)
         wanted = np.asarray(rows, np.int64)
         self._refuse_rows(teacher, wanted)
-        out: NDArray[np.float16] | None = None
+        if not isinstance(self.path, Path):
+            return self._remote_shards(self.path, teacher, layout).read(wanted.tolist())
+        out: Codes | None = None
         for position, row in enumerate(wanted.tolist()):
             number, slot = divmod(row, layout.chunk[0])
-            shard = self._shard(teacher, level, number)
+            shard = self._shard(teacher, layout.path, number)
             if out is None:  # only now is it known that the file is as large as the metadata says
-                out = np.empty((len(wanted), *layout.shape[1:]), "<f2")
+                out = np.empty((len(wanted), *layout.shape[1:]), layout.dtype)
             shard.read_into(slot, out[position])
-        return np.empty((0, *layout.shape[1:]), "<f2") if out is None else out
+        return np.empty((0, *layout.shape[1:]), layout.dtype) if out is None else out
 
     def levels(self, teacher: str) -> tuple[str, ...]:
         """Return the names that `read` knows: the levels, then `global` where there is one."""
-        return tuple(self._record(teacher).layout.features())
+        spec = self._record(teacher).spec
+        pooled = () if spec.global_channels is None else (GLOBAL,)
+        return (*(level.name for level in spec.levels), *pooled)
 
-    def array(self, teacher: str, level: str) -> ArrayLayout:
-        """Return where a level's array lies and its extents, its metadata checked.
-
-        Raises:
-            StoreError: unknown teacher or level.
-            UnfinishedStoreError: the teacher is not finished.
-            StoreDamagedError: the metadata is not what the teacher's specification says.
-        """
-        if (teacher, level) not in self._layouts:
-            features = self._record(teacher).layout.features()
-            if level not in features:
-                hint = nearest(level, features)
-                raise StoreError(f"teacher {teacher!r} has no level {level!r}: {hint}")
-            layout = features[level]
-            check_document(self.path / teacher / layout.path / METADATA, layout.document())
-            self._layouts[teacher, level] = layout
-        return self._layouts[teacher, level]
-
-    def statistics(self, teacher: str, level: str) -> Statistics:
-        """Return mean and variance per channel over the tokens of all valid rows.
+    def grids(self, teacher: str, level: str) -> tuple[Grid, ...]:
+        """Return the grids (H, W) that a level is stored at, finest first.
 
         Raises:
             StoreError: unknown teacher or level, or `global`, which has none.
         """
-        record = self._record(teacher)
-        names = [entry.name for entry in record.spec.levels]
-        if level not in names:
-            raise StoreError(
-                f"teacher {teacher!r} has no statistics of {level!r}: {nearest(level, names)}"
+        return self._level(teacher, level).stored
+
+    def codec(
+        self, teacher: str, level: str, resolution: Grid | None = None
+    ) -> FittedTarget | None:
+        """Return what decodes `read_codes` and what it loses, None where floats are stored.
+
+        Raises:
+            StoreError: see `read`.
+            StoreDamagedError: its arrays are not those written with the teacher.
+        """
+        name = self._target(teacher, level, resolution)
+        if (teacher, name) not in self._codecs:
+            record = self._record(teacher)
+            target = next((one for one in record.spec.targets if one.name == name), None)
+            stored = record.codecs.get(name)
+            self._codecs[teacher, name] = (
+                None
+                if stored is None or target is None
+                else read_codec(self.path / teacher, target, stored)
             )
+        return self._codecs[teacher, name]
+
+    def array(self, teacher: str, level: str, resolution: Grid | None = None) -> ArrayLayout:
+        """Return where a level's array lies and its extents, its metadata checked.
+
+        Raises:
+            StoreError: unknown teacher, level or resolution.
+            UnfinishedStoreError: the teacher is not finished.
+            StoreDamagedError: the metadata is not what the teacher's specification says.
+        """
+        name = self._target(teacher, level, resolution)
+        if (teacher, name) not in self._layouts:
+            layout = self._record(teacher).layout.features()[name]
+            check_document(self.path / teacher / layout.path / METADATA, layout.document())
+            self._layouts[teacher, name] = layout
+        return self._layouts[teacher, name]
+
+    def statistics(self, teacher: str, level: str, resolution: Grid | None = None) -> Statistics:
+        """Return mean and variance per channel over the tokens of all valid rows, as read.
+
+        The covariance of the channels comes with them where the teacher was extracted with it.
+
+        Raises:
+            StoreError: unknown teacher, level or resolution, or `global`, which has none.
+        """
+        level_spec = self._level(teacher, level)
+        name = self._target(teacher, level, resolution)
+        target = next(one for one in level_spec.targets if one.name == name)
         parts = {
-            name: read_array(self.path / teacher, layout)
-            for name, layout in record.layout.statistics(level).items()
+            key: read_array(self.path / teacher, layout)
+            for key, layout in self._record(teacher).layout.statistics(target).items()
         }
-        return Statistics(count=int(parts["count"]), mean=parts["mean"], variance=parts["variance"])
+        return Statistics(
+            count=int(parts["count"]),
+            mean=parts["mean"],
+            variance=parts["variance"],
+            covariance=parts.get("covariance"),
+        )
+
+    def _level(self, teacher: str, level: str) -> LevelSpec:
+        levels = {entry.name: entry for entry in self._record(teacher).spec.levels}
+        if level not in levels:
+            raise StoreError(
+                f"teacher {teacher!r} has no grid or statistics of {level!r}: "
+                f"{nearest(level, levels)}"
+            )
+        return levels[level]
+
+    def _target(self, teacher: str, level: str, resolution: Grid | None) -> str:
+        """Return the name of the array that is asked for."""
+        known = self.levels(teacher)
+        if level not in known:
+            raise StoreError(f"teacher {teacher!r} has no level {level!r}: {nearest(level, known)}")
+        if level == GLOBAL and resolution is None:
+            return GLOBAL
+        targets = {target.grid: target.name for target in self._level(teacher, level).targets}
+        if resolution is None:
+            return next(iter(targets.values()))
+        if resolution not in targets:
+            stored = ", ".join(f"{height} x {width}" for height, width in targets)
+            raise StoreError(
+                f"teacher {teacher!r}, level {level!r} is not stored at {resolution}; it is at "
+                f"{stored}: choose one of these, or extract again with that resolution"
+            )
+        return targets[resolution]
 
     def _record(self, teacher: str) -> TeacherRecord:
         record = self._records.get(teacher)
@@ -220,8 +326,15 @@ class FeatureStore:
         refuse_unusable(self.path / teacher, record, self._root)
         return record
 
-    def _open_shard(self, teacher: str, level: str, number: int) -> ShardReader:
-        return ShardReader(self.path / teacher, self.array(teacher, level), number)
+    def _open_shard(self, teacher: str, name: str, number: int) -> ShardReader:
+        assert isinstance(self.path, Path)
+        return ShardReader(self.path / teacher, self._layouts[teacher, name], number)
+
+    def _remote_shards(self, path: UPath, teacher: str, layout: ArrayLayout) -> RemoteShards:
+        key = teacher, layout.path
+        if key not in self._remote:
+            self._remote[key] = RemoteShards(path / teacher, layout)
+        return self._remote[key]
 
     def _row_marks(self, teacher: str) -> NDArray[np.uint8]:
         if teacher not in self._marks:

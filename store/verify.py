@@ -9,12 +9,11 @@ written, `repair` aside.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.audit import LevelAudit, centre_of
+from store.check_codecs import check_codecs
 from store.check_metadata import (
     check_description,
     check_root,
@@ -24,7 +23,6 @@ from store.check_metadata import (
     teacher_folders,
 )
 from store.check_shards import (
-    ShardScene,
     check_shard_data,
     check_sizes,
     check_statistics,
@@ -32,23 +30,22 @@ from store.check_shards import (
     read_mark,
 )
 from store.errors import StoreDamagedError, StoreError, nearest
-from store.feature_findings import note_numbers
-from store.files import FolderLock, remove_file
+from store.feature_findings import audit_target
+from store.files import lock_folder, remove_file
 from store.findings import Meter, NoMeter, Verification
 from store.reader import FeatureStore
+from store.remote import StorePath, locate
+from store.shard_scene import ShardScene
 from store.spec import ImageTable
 from store.tables import RootRecord, table_layouts
 from store.teacher import VALID, TeacherRecord, read_record, write_record
-
-_BATCH_BYTES = 2**23
-_CENTRE_ROWS = 64
 
 
 @dataclass(slots=True, kw_only=True)
 class _Run:
     """What one verification carries along; `usable` says which rows must have features."""
 
-    path: Path
+    path: StorePath
     root: RootRecord | None
     images: ImageTable | None
     usable: NDArray[np.bool_] | None
@@ -64,7 +61,7 @@ class _Run:
 
 
 def verify(
-    path: str | Path,
+    path: str | StorePath,
     teachers: Sequence[str] = (),
     *,
     quick: bool = False,
@@ -73,13 +70,13 @@ def verify(
     """Check a store, or some of its teachers; all findings are collected.
 
     `quick` leaves the feature files unread: metadata, tables, sizes, marks, statistics only.
-    Otherwise memory is one batch of rows and 24 bytes per row and level. `meter` counts shard
+    Otherwise memory is one batch of rows and 24 bytes per row and target (level at one resolution); of a URL, one shard file at a time is copied to the disk. `meter` counts shard
     files, then audited rows.
 
     Raises:
         StoreError: there is no store, one of another format version, or no such teacher.
     """
-    path, started = Path(path).absolute(), time.perf_counter()
+    path, started = locate(path), time.perf_counter()
     found = Verification(path=str(path))
     root, images = check_root(path, found)
     run = _Run(
@@ -107,16 +104,16 @@ def verify(
     return found
 
 
-def repair(path: str | Path, found: Verification) -> list[str]:
+def repair(path: str | StorePath, found: Verification) -> list[str]:
     """Make `sak extract-teachers` compute again what `found` says is damaged; return what was done.
 
-    Deletes nothing but the commit marks of damaged shards, and takes back the finished mark of
+    Works on a URL too. Deletes nothing but the commit marks of damaged shards, and takes back the finished mark of
     their teachers, so that readers refuse them. Healthy shards are not touched.
 
     Raises:
         StoreLockedError: a writer is at work on such a teacher.
     """
-    path, done = Path(path).absolute(), []
+    path, done = locate(path), []
     wrong = [entry for entry in found.findings if entry.severity == "damage" and entry.teacher]
     for name in sorted({str(entry.teacher) for entry in wrong}):
         entries = [entry for entry in wrong if entry.teacher == name]
@@ -126,12 +123,12 @@ def repair(path: str | Path, found: Verification) -> list[str]:
     return done
 
 
-def _reopen(folder: Path, shards: list[int]) -> list[str]:
+def _reopen(folder: StorePath, shards: list[int]) -> list[str]:
     try:
         record = read_record(folder)
     except StoreDamagedError:
         return []  # nothing says what the files mean; the finding says what to do
-    lock = FolderLock(folder)
+    lock = lock_folder(folder)
     try:
         for shard in shards:  # first: a teacher without its finished mark, but with all commit
             remove_file(folder / record.layout.valid().file_path(shard))  # marks, would be finished
@@ -148,7 +145,7 @@ def _usable(root: RootRecord | None, images: ImageTable | None) -> NDArray[np.bo
     return np.repeat([status == "ok" for status in images.statuses], root.views_per_image)
 
 
-def _choose(folders: list[Path], names: Sequence[str]) -> list[Path]:
+def _choose(folders: list[StorePath], names: Sequence[str]) -> list[StorePath]:
     known = {folder.name: folder for folder in folders}
     for name in names:
         if name not in known:
@@ -156,17 +153,20 @@ def _choose(folders: list[Path], names: Sequence[str]) -> list[Path]:
     return [known[name] for name in dict.fromkeys(names)] if names else folders
 
 
-def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
+def _check_teacher(run: _Run, folder: StorePath, record: TeacherRecord) -> None:
     found, layout, name = run.found, record.layout, folder.name
     found.performed |= {(name, "commits")} | (set() if run.quick else {(name, "data")})
     check_teacher_files(folder, layout, found)
-    healthy: dict[str, list[NDArray[np.int64]]] = {level: [] for level in layout.features()}
-    run.meter.start(f"verify {name}", layout.shards * len(healthy))
+    codecs = check_codecs(folder, record, found)
+    healthy: dict[str, list[NDArray[np.int64]]] = {target: [] for target in codecs}
+    arrays = len(layout.features())
+    run.meter.start(f"verify {name}", layout.shards * arrays)
     absent = 0
     for shard in range(layout.shards):
         scene = ShardScene(
             folder=folder,
             layout=layout,
+            codecs=codecs,
             shard=shard,
             usable=run.usable,
             image=run.image,
@@ -175,16 +175,16 @@ def _check_teacher(run: _Run, folder: Path, record: TeacherRecord) -> None:
         marks = read_mark(scene, record.finished)
         if marks is None:
             absent += 1
-            run.meter.advance(len(healthy))
+            run.meter.advance(arrays)
             continue
         sound = check_sizes(scene)
         if run.quick:
             read_commit(scene)
-            run.meter.advance(len(healthy))
+            run.meter.advance(arrays)
             continue
-        for level in check_shard_data(scene, marks, sound, run.meter.advance):
-            rows = layout.shard_rows(shard)
-            healthy[level].append(np.flatnonzero(marks == VALID) + rows.start)
+        rows = np.flatnonzero(marks == VALID) + layout.shard_rows(shard).start
+        for target in check_shard_data(scene, marks, sound, run.meter.advance) & healthy.keys():
+            healthy[target].append(rows)
     if record.finished:
         found.performed.add((name, "statistics"))
         check_statistics(folder, layout, found)
@@ -206,26 +206,11 @@ def _audit(run: _Run, name: str, healthy: dict[str, list[NDArray[np.int64]]]) ->
         return  # noted already, as damage of what it names
     run.found.performed.add((name, "features"))
     run.meter.start(f"audit {name}", sum(len(part) for parts in healthy.values() for part in parts))
-    for level, parts in healthy.items():
+    for target, parts in healthy.items():
         good = np.concatenate([np.empty(0, np.int64), *parts])
         good = good[marks[good]]
         try:
             if len(good):
-                _audit_level(run, store, name, level, good)
+                audit_target(store, name, target, good, run.found, run.meter.advance)
         except StoreDamagedError as error:
-            run.found.add("damage", "features", f"not audited: {error}", teacher=name, level=level)
-
-
-def _audit_level(
-    run: _Run, store: FeatureStore, name: str, level: str, rows: NDArray[np.int64]
-) -> None:
-    spread = rows[:: max(1, len(rows) // _CENTRE_ROWS)]
-    audit = LevelAudit(name, level, centre_of(store.read(name, level, spread)))
-    batch = max(1, _BATCH_BYTES // store.array(name, level).row_bytes)
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        audit.add(part, store.read(name, level, part))
-        run.meter.advance(len(part))
-    numbers = audit.numbers()
-    run.found.numbers.append(numbers)
-    note_numbers(numbers, store, run.found)
+            run.found.add("damage", "features", f"not audited: {error}", teacher=name, level=target)

@@ -1,6 +1,7 @@
 """Numbers of an audit against features whose faults are known, and which of them are findings."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def findings(path: Path, values: np.ndarray, images: ImageTable | None = None) -
         writer.write(range(ROWS), {"level": values}, None, np.ones(ROWS, bool))
         writer.finish()
     found = verify(path)
-    assert [(one.teacher, one.level) for one in found.numbers] == [("teacher", "level")]
+    assert [(one.teacher, one.level) for one in found.numbers] == [("teacher", "level/native")]
     assert all(entry.check == "features" for entry in found.findings)
     return found.findings
 
@@ -153,7 +154,7 @@ def test_zero_rows_and_saturation_are_findings(tmp_path: Path) -> None:
     found = [entry for entry in findings(tmp_path, values) if entry.severity == "suspect"]
     assert [(entry.row, entry.image) for entry in found] == [(6, "room/0006-é"), (None, None)]
     assert "all zeros" in found[0].what
-    assert "1 values are at the limit" in found[1].what
+    assert f"1 of {values.size} values are at the limit" in found[1].what
 
 
 def test_equal_features_of_different_images_are_a_finding(tmp_path: Path) -> None:
@@ -197,13 +198,13 @@ def test_nan_in_decoded_features_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer refuses NaN, so a faulty decoder is made up."""
-    real = FeatureStore.read
+    real = FeatureStore.read_codes
 
-    def read(self: FeatureStore, teacher: str, level: str, rows: np.ndarray) -> np.ndarray:
-        values = real(self, teacher, level, rows)
+    def read(self: FeatureStore, teacher: str, level: str, rows: np.ndarray, grid: Any) -> Any:
+        values = real(self, teacher, level, rows, grid)
         values[np.asarray(rows) == 4, 0, 0] = np.nan
         return values
 
-    monkeypatch.setattr(FeatureStore, "read", read)
+    monkeypatch.setattr(FeatureStore, "read_codes", read)
     found = [entry for entry in findings(tmp_path, usual()) if entry.severity == "suspect"]
     assert [(entry.row, entry.what) for entry in found] == [(4, "the row holds NaN or infinity")]

@@ -95,7 +95,7 @@ def test_a_sound_store_is_clean_and_is_not_touched(path: Path) -> None:
     assert found.clean
     assert files(path) == before
     assert ("small", "data") in found.performed
-    shards = [data for name, data in before.items() if "native/c" in name or "global/c" in name]
+    shards = [data for name, data in before.items() if "native/c." in name or "global/c." in name]
     assert found.bytes_read == sum(map(len, shards))
     quick = verify(path, quick=True)
     assert quick.findings == []
@@ -193,7 +193,7 @@ def test_lost_and_torn_files_are_found_without_reading_them(
         file.write_bytes(file.read_bytes() + b"x")
     finding = only(verify(path, quick=quick))
     assert (finding.check, finding.teacher, finding.level, finding.shard) == (
-        "files", "small", "stage_1", 1,
+        "files", "small", "stage_1/native", 1,
     )  # fmt: skip
     assert finding.what.startswith(str(file))
 
@@ -205,9 +205,9 @@ def test_a_damaged_row_is_named_with_its_image(path: Path) -> None:
     file.write_bytes(data)
     by_row = [finding for finding in wrong(verify(path)) if finding.row is not None]
     assert [(entry.level, entry.shard, entry.row, entry.image) for entry in by_row] == [
-        ("stage_1", 1, 6, "room/0006-é")
+        ("stage_1/native", 1, 6, "room/0006-é")
     ]
-    assert by_row[0].where() == "small, stage_1, shard 1, row 6, image room/0006-é"
+    assert by_row[0].where() == "small, stage_1/native, shard 1, row 6, image room/0006-é"
 
 
 def test_exchanged_shards_are_found(path: Path) -> None:
@@ -218,7 +218,7 @@ def test_exchanged_shards_are_found(path: Path) -> None:
     spare.rename(other)
     found = wrong(verify(path))
     assert {entry.shard for entry in found if "SHA-256" in entry.what} == {0, 1}
-    assert all(entry.level == "stage_1" for entry in found)
+    assert all(entry.level == "stage_1/native" for entry in found)
     assert verify(path, quick=True).clean  # what quick means
 
 
@@ -295,7 +295,7 @@ def test_marks_must_agree_with_the_image_table(path: Path) -> None:
     assert "marked quarantined, the image table lists its image as usable" in by_mark[0][1]
     not_zero = [entry for entry in found if "not zero" in entry.what]
     assert {(entry.level, entry.row) for entry in not_zero} == {
-        ("stage_1", 1), ("stage_2", 1), ("global", 1),
+        ("stage_1/native", 1), ("stage_2/native", 1), ("global", 1),
     }  # fmt: skip
     assert any(entry.check == "statistics" for entry in found)
 
@@ -310,14 +310,14 @@ def test_marks_of_a_committed_shard_must_be_known(path: Path, mark: int) -> None
 
 @pytest.mark.parametrize("part", ["mean", "variance", "count"])
 def test_edited_statistics_are_found_to_the_last_bit(path: Path, part: str) -> None:
-    layout = read_record(path / "small").layout.statistics("stage_2")[part]
+    layout = read_record(path / "small").layout.statistics(SPEC.targets[1])[part]
 
     def nudge(values: np.ndarray) -> None:
         values[...] = values + 1 if part == "count" else np.nextafter(values, np.inf)
 
     rewrite(path / "small", layout, 0, nudge)
     finding = only(verify(path, quick=True))
-    assert (finding.check, finding.level) == ("statistics", "stage_2")
+    assert (finding.check, finding.level) == ("statistics", "stage_2/native")
     assert part in finding.what
 
 
@@ -331,7 +331,7 @@ def test_edited_commit_statistics_are_found(path: Path, factor: float, severity:
     rewrite(path / "small", layout.moments(), 1, scale)
     found = [entry for entry in verify(path).findings if entry.shard == 1]
     assert [(entry.severity, entry.check, entry.level) for entry in found] == [
-        (severity, "statistics", "stage_1")
+        (severity, "statistics", "stage_1/native")
     ]
 
 
@@ -446,7 +446,7 @@ def test_repair_has_just_the_damaged_shard_computed_again(path: Path, damage: st
 
 def test_repair_of_statistics_reads_no_features_again(path: Path) -> None:
     whole = files(path)
-    flip(path / "small" / "stage_1" / "stats" / "mean" / "c.0", 3)
+    flip(path / "small" / "stage_1" / "stats" / "native" / "mean" / "c.0", 3)
     assert repair(path, verify(path, quick=True))
     with FeatureWriter.open(path, SPEC) as writer:
         assert writer.missing() == []
