@@ -102,7 +102,7 @@ def inspect(
 
 @app.command(epilog="Example: sak verify artifacts/features.zarr --live; exit code 3: findings")
 def verify(
-    store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
+    store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
     teacher: Annotated[
         list[str] | None, typer.Option(help="Check this teacher only; may be given repeatedly.")
     ] = None,
@@ -128,7 +128,7 @@ def verify(
     request = verification.LiveRequest(params=load_params(params), sample=sample) if live else None
     with console.progress_bar(not as_json) as bar:
         result, clean = verification.verify_store(store, teacher or [], quick, repair, request, bar)
-    console.show(str(store), result, as_json)
+    console.show(store, result, as_json)
     if not clean:
         raise typer.Exit(3)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
@@ -12,6 +11,7 @@ from pipeline.params import Params
 from pipeline.report import Report
 from stages.progress import Progress
 from store.findings import CHECKS, Finding, Verification
+from store.remote import StorePath
 from store.verify import repair, verify
 
 _SHOWN = 100
@@ -26,7 +26,7 @@ class LiveRequest:
 
 
 def verify_store(
-    path: Path,
+    path: str | StorePath,
     teachers: Sequence[str],
     quick: bool,
     mend: bool,
@@ -41,7 +41,7 @@ def verify_store(
 
 
 def _compare_live(
-    path: Path,
+    path: str | StorePath,
     names: Sequence[str],
     live: LiveRequest,
     found: Verification,

@@ -21,7 +21,9 @@ _SHOWN = 5
 _DEAD_SHARE = 0.1
 _PEAK = 100.0  # of the root mean square; Sun et al. 2024 call activations massive from there on
 _TOP_SHARE = 0.5
-_CLIPPED_SHARE = 1e-4  # of int8 codes; the fitted range allows for rows beyond the sample's
+_CLIPPED_SHARE = 0.01
+"""Of int8 codes: a range fitted to few tokens leaves some outside. MobileNetV2 on other NYUv2 images:
+0.3 % after 144 tokens, 0.08 % after 576, less than 0.01 % after 9,000. More is another teacher."""
 
 
 def audit_target(

@@ -88,7 +88,7 @@ def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
 
 
 def sample_codecs(spec: TeacherSpec, rows: int) -> dict[str, FittedTarget]:
-    """Return the codecs of a teacher, fitted to one half of the sample features."""
+    """Return the codecs of a teacher, fitted to one half of that many sample features."""
     calibration = Calibration(spec, -(-rows // 2))
     for row in range(rows):
         features = sample_features(spec, range(row, row + 1))
@@ -123,14 +123,14 @@ def write_store(
     valid = np.repeat([status == "ok" for status in images.statuses], views_per_image)
     size = sample_shard_bytes(spec, rows_per_shard)
     with FeatureWriter.open(
-        path, spec, size, covariance=covariance, calibrate=lambda: sample_codecs(spec, rows)
+        path, spec, size, covariance=covariance, calibrate=lambda: sample_codecs(spec, 64)
     ) as writer:
         for shard in writer.missing():
             write_rows(writer, spec, shard, valid)
         writer.finish()
 
 
-def read_everything(path: Path, teacher: str = "small") -> dict[str, NDArray[Any]]:
+def read_everything(path: str | StorePath, teacher: str = "small") -> dict[str, NDArray[Any]]:
     """Return what readers may get of a finished teacher: features of valid rows, and statistics."""
     store = FeatureStore(path)
     assert len(store.images) * store.views.views_per_image == len(store.views)

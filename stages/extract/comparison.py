@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_SLACK = 1.5  # a sample's error beside the mean that a codec reports
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
@@ -32,26 +30,42 @@ _ARITHMETIC = {
 }
 
 
-def tolerance(precision: str, codec: Fidelity | None = None) -> Fidelity:
+# Single rows beside what a codec reports of held-out ones. Measured on trained MobileNetV2 and a
+# random ViT, 2 to 4 levels at 2 resolutions each, int8 and pca at 4 and 2 bits, fitted to 12 and
+# reported on 12 NYUv2 images, 48 others compared: most rows lose up to 1.6 times the report in
+# 1 - cosine (1.4 in relative L2). Rows with values beyond the fitted range lose up to 5.8 times (3.4
+# times), but that is at most 6.8e-3 (0.124) where losses are small. The mean over the 48 is up to
+# 1.30 times the report (1.23 times).
+_OF_ROW, _OF_MEAN = 2.0, 1.25
+_CLIPPED = Fidelity(cosine=1 - 5e-3, relative_l2=0.06)
+
+
+def tolerance(precision: str, codec: Fidelity | None = None, rows: int = 1) -> Fidelity:
     """Return the least cosine and the largest relative L2 at which features still agree.
 
     Args:
         precision: the teacher's own arithmetic: "fp32", "bf16" or "fp16".
         codec: what a lossy codec reports of itself on held-out rows; None for float types.
+        rows: how many rows the errors are of; those of many lie nearer to the codec's report.
     """
     own = _ARITHMETIC[precision]
     if codec is None:
         return own
     # Angles add at most, and so do distances; small angles are sqrt(2 * (1 - cosine)).
-    angle = (1 - own.cosine) ** 0.5 + (_SLACK * (1 - codec.cosine)) ** 0.5
-    return Fidelity(cosine=1 - angle**2, relative_l2=own.relative_l2 + _SLACK * codec.relative_l2)
+    spread = rows**-0.5
+    factor = _OF_MEAN + (_OF_ROW - _OF_MEAN) * spread
+    loss = factor * (1 - codec.cosine) + spread * (1 - _CLIPPED.cosine)
+    distance = factor * codec.relative_l2 + spread * _CLIPPED.relative_l2
+    angle = (1 - own.cosine) ** 0.5 + loss**0.5
+    return Fidelity(cosine=1 - angle**2, relative_l2=own.relative_l2 + distance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LevelComparison:
     """Stored against fresh features of one level; cosines are over all tokens of sampled rows.
 
-    `relative_l2` is the norm of the difference over the norm of the fresh features.
+    `relative_l2` is the norm of the difference over the norm of the fresh features. `allowed` is
+    for each row, `allowed_together` for all of them, which tells smaller differences.
     """
 
     teacher: str
@@ -61,7 +75,16 @@ class LevelComparison:
     cosine_min: float
     relative_l2: float
     allowed: Fidelity
+    allowed_together: Fidelity
     wrong_rows: tuple[int, ...]
+
+    @property
+    def wrong_together(self) -> bool:
+        """Whether the rows as a whole are further off than allowed."""
+        return not (
+            self.cosine_mean >= self.allowed_together.cosine
+            and self.relative_l2 <= self.allowed_together.relative_l2
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +123,14 @@ def _relative(difference: float, norm: float) -> float:
 
 
 def compare(
-    teacher: str, level: str, entries: Sequence[tuple[int, RowError]], allowed: Fidelity
+    teacher: str,
+    level: str,
+    entries: Sequence[tuple[int, RowError]],
+    precision: str,
+    codec: Fidelity | None = None,
 ) -> LevelComparison:
-    """Sum up the errors of rows (row, error) of a level and name the rows that are not `allowed`."""
+    """Sum up the errors of rows (row, error) of a target and name those that `tolerance` refuses."""
+    allowed = tolerance(precision, codec)
     cosines = np.concatenate([error.cosines for _, error in entries])
     total = sum(error.difference for _, error in entries)
     return LevelComparison(
@@ -113,6 +141,7 @@ def compare(
         cosine_min=float(cosines.min()),
         relative_l2=_relative(total, sum(error.norm for _, error in entries)),
         allowed=allowed,
+        allowed_together=tolerance(precision, codec, len(entries)),
         wrong_rows=tuple(
             row
             for row, error in entries

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import closing
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.data.sources import ImageSource
-from stages.extract.comparison import LevelComparison, RowError, compare, row_errors, tolerance
+from stages.extract.comparison import (
+    Fidelity,
+    LevelComparison,
+    RowError,
+    compare,
+    row_errors,
+)
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.errors import ExtractionError, ImageChangedError
 from stages.extract.reading import RowReader, read_ahead
@@ -20,14 +25,16 @@ from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import Progress
 from store.errors import difference
 from store.findings import Verification
+from store.pyramid import area_average
 from store.reader import FeatureStore
-from store.spec import GLOBAL
+from store.remote import StorePath
+from store.spec import GLOBAL, Target
 
 _THREADS = 2
 
 
 def check_live(
-    store_path: Path,
+    store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     name: str,
@@ -52,7 +59,7 @@ def check_live(
 
 
 def check_live_teacher(
-    store_path: Path,
+    store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     teacher: Teacher,
@@ -65,7 +72,7 @@ def check_live_teacher(
     """Compute a sample of rows again and note in `found` where the store says something else.
 
     Another teacher (weights, settings, preprocessing) and images that changed are findings of
-    their own. Levels of another shape are not compared.
+    their own. Levels of another shape are not compared; the others are at each resolution stored.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
@@ -75,21 +82,21 @@ def check_live_teacher(
     store = FeatureStore(store_path)
     reader = open_rows(store_path, images, image_size, teacher)
     found.performed.add((name, "live"))
-    levels = _comparable(store, teacher, found)
+    targets = _comparable(store, teacher, found)
     rows = choose_rows(store, name, sample, seed)
-    parts: dict[str, list[tuple[int, RowError]]] = {level: [] for level in levels}
+    parts: dict[str, list[tuple[int, RowError]]] = {target: [] for target in targets}
     progress.start(f"recompute {name}", len(rows))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         good, fresh = _recompute(teacher, reader, batch, found)
-        for level in levels if good else ():
-            errors = row_errors(store.read(name, level, good), fresh[level])
-            parts[level] += zip(good, errors, strict=True)
+        for key, target in targets.items() if good else ():
+            errors = _errors(store, name, key, target, good, fresh)
+            parts[key] += zip(good, errors, strict=True)
         progress.advance(len(batch))
     precision = str(teacher.spec.provenance.get("precision", "fp32"))
     compared = [
-        compare(name, level, entries, tolerance(precision))
-        for level, entries in parts.items()
+        compare(name, key, entries, precision, _loss(store, name, targets[key]))
+        for key, entries in parts.items()
         if entries
     ]
     for one in compared:
@@ -116,11 +123,16 @@ def choose_rows(store: FeatureStore, teacher: str, sample: int, seed: int) -> li
     return sorted(row for _, _, row in sorted(ranked)[:sample])
 
 
-def _comparable(store: FeatureStore, teacher: Teacher, found: Verification) -> list[str]:
-    """Note how the stored teacher differs from this one; return the levels of the same shape."""
+def _comparable(
+    store: FeatureStore, teacher: Teacher, found: Verification
+) -> dict[str, Target | None]:
+    """Note how the stored teacher differs from this one; return what both have in the same shape.
+
+    Targets are by name, `global` is None.
+    """
     name, spec = teacher.spec.name, teacher.spec
-    stored = {level: store.array(name, level).shape[1:] for level in store.levels(name)}
-    lines = difference(store.teachers[name].to_attributes(), spec.to_attributes())
+    stored = store.teachers[name]
+    lines = difference(stored.to_attributes(), spec.to_attributes())
     if lines:
         found.add(
             "suspect", "live",
@@ -128,12 +140,39 @@ def _comparable(store: FeatureStore, teacher: Teacher, found: Verification) -> l
             + "\n".join(lines),
             f"correct the parameter file, or `sak extract-teachers {name} --replace`", teacher=name,
         )  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {
-        level.name: (*level.grid, level.channels) for level in spec.levels
+    shapes = {level.name: (level.grid, level.channels) for level in spec.levels}
+    same: dict[str, Target | None] = {
+        target.name: target
+        for level in stored.levels
+        for target in level.targets
+        if shapes.get(level.name) == (level.grid, level.channels)
     }
-    if spec.global_channels is not None:
-        shapes[GLOBAL] = (spec.global_channels,)
-    return [level for level, shape in shapes.items() if stored.get(level) == shape]
+    if spec.global_channels is not None and spec.global_channels == stored.global_channels:
+        same[GLOBAL] = None
+    return same
+
+
+def _errors(
+    store: FeatureStore,
+    teacher: str,
+    key: str,
+    target: Target | None,
+    rows: list[int],
+    fresh: dict[str, NDArray[Any]],
+) -> list[RowError]:
+    """Compare rows of a target with fresh features of the levels, averaged as they were stored."""
+    if target is None:
+        return row_errors(store.read(teacher, key, rows), fresh[key])
+    averaged = np.stack([area_average(row, target.grid) for row in fresh[target.level]])
+    return row_errors(store.read(teacher, target.level, rows, target.grid), averaged)
+
+
+def _loss(store: FeatureStore, teacher: str, target: Target | None) -> Fidelity | None:
+    """Return what the codec of a target says that it loses, None where floats are stored."""
+    fitted = None if target is None else store.codec(teacher, target.level, target.grid)
+    if fitted is None:
+        return None
+    return Fidelity(cosine=fitted.fidelity.cosine_mean, relative_l2=fitted.fidelity.relative_l2)
 
 
 def _recompute(
@@ -166,20 +205,21 @@ def _recompute(
 
 
 def _note(one: LevelComparison, reader: RowReader, found: Verification) -> None:
-    if not one.wrong_rows:
+    if not one.wrong_rows and not one.wrong_together:
         return
     what = (
         f"{len(one.wrong_rows)} of {one.rows} rows computed again differ from the store: cosine "
         f"mean {one.cosine_mean:.6f}, minimum {one.cosine_min:.6f}, relative L2 "
         f"{one.relative_l2:.2g}; allowed are {one.allowed.cosine:.6f} and "
-        f"{one.allowed.relative_l2:.2g}"
+        f"{one.allowed.relative_l2:.2g} for a row, {one.allowed_together.cosine:.6f} and "
+        f"{one.allowed_together.relative_l2:.2g} for all of them"
     )
     mend = (
         f"if the parameter file is right: `sak extract-teachers {one.teacher} --replace`; a first "
         "look on the machine that extracted tells rounding from other features"
     )
-    for row in one.wrong_rows:
+    for row in one.wrong_rows or (None,):  # none: only together they are too far off
         found.add(
             "suspect", "live", what, mend, teacher=one.teacher, level=one.level, row=row,
-            image=reader.image_id(row),
+            image=None if row is None else reader.image_id(row),
         )  # fmt: skip

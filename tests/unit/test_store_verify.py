@@ -508,4 +508,8 @@ def test_findings_are_plain_json(path: Path) -> None:
     assert data["checks"]["small"]["files"] == 1
     assert data["checks"]["store"] == {"metadata": 0, "files": 0, "tables": 0}
     assert data["findings"][0]["shard"] == 1
-    assert {entry["level"] for entry in data["features"]} == {"stage_1", "stage_2", "global"}
+    assert {entry["level"] for entry in data["features"]} == {
+        "stage_1/native",
+        "stage_2/native",
+        "global",
+    }
