@@ -1,5 +1,6 @@
 """Features computed again: the same teacher agrees, any other one or another image is caught."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,33 @@ def test_half_precision_teachers_agree_with_themselves_in_other_batches(
     one_by_one = ExtractConfig(batch_size=1, device="cpu")
     check_live(store, sources, VIEW, "half", config, one_by_one, 4, found, NoProgress())
     assert found.findings == []
+
+
+@pytest.mark.parametrize("codec", ["int8", "pca-4bit"])
+def test_coded_features_agree_within_what_the_codec_reports(
+    store: Path, sources: tuple[ImageSource, ...], teacher: NetworkTeacher, codec: str
+) -> None:
+    """Every resolution is compared; other weights and features of another scale are caught."""
+    levels = tuple(replace(level, stored=(level.grid, (1, 2))) for level in teacher.spec.levels)
+    coded = Altered(teacher)
+    coded.spec = replace(teacher.spec, name="coded", codec=codec, levels=levels)
+    extract_teacher(
+        store, sources, VIEW, coded, 4, SHARD_BYTES, NoProgress(), calibration_images=10
+    )
+    compared, findings = look(store, sources, coded)
+    assert findings == []
+    assert {one.level for one in compared} == {
+        "block_02/native", "block_02/1x2", "block_05/native", "block_05/1x2", "global",
+    }  # fmt: skip
+    torch.manual_seed(7)
+    other = load_teacher("vit", CONFIG, VIEW, torch.device("cpu"))
+    assert isinstance(other, NetworkTeacher)
+    with torch.no_grad():
+        other._network.module.patch_embed.proj.weight.mul_(-1)  # type: ignore[operator,union-attr]
+    for wrong in (Altered(other), Altered(teacher, scale=2.0)):
+        wrong.spec = coded.spec
+        _, findings = look(store, sources, wrong)
+        assert {"block_02/native", "block_05/1x2"} <= {entry.level for entry in findings}
 
 
 def test_tolerance_widens_with_the_codec_and_never_narrows() -> None:

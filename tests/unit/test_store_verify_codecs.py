@@ -75,18 +75,19 @@ def test_a_sound_store_is_clean_at_every_resolution(tmp_path: Path, codec: str) 
     assert (("small", "codecs") in found.performed) == (codec != "float32")
 
 
-@pytest.mark.parametrize(("codec", "seed"), [("int8", 1), ("pca-4bit", 2)])
+@pytest.mark.parametrize(
+    ("codec", "below"), [("int8", "small/stage_1"), ("pca-4bit", "small/stage_1/codec")]
+)
 def test_every_flipped_bit_is_found_and_none_is_returned(
-    tmp_path: Path, codec: str, seed: int
+    tmp_path: Path, codec: str, below: str
 ) -> None:
     path = tmp_path / "store"
     make(path, codec, rows=5)
     expected = read_everything(path)
     flipped: set[str] = set()
-    unseen, flips = [], 0
-    for file, position in flip_bits(path, 2, np.random.default_rng(seed)):
+    unseen = []
+    for file, position in flip_bits(path / below, 1, np.random.default_rng(1)):
         flipped.add(file.relative_to(path).as_posix())
-        flips += 1
         try:
             if verify(path).clean:
                 unseen.append((str(file), position))
@@ -98,12 +99,8 @@ def test_every_flipped_bit_is_found_and_none_is_returned(
         except StoreError:
             pass
     assert unseen == []
-    assert flips >= 200
-    for part in ("codec/2x2/fidelity/c", "codec/native/fidelity/zarr.json", "2x2/c.0.0.0.0"):
-        assert f"small/stage_1/{part}" in {
-            *flipped,
-            *(name.rpartition(".0")[0] for name in flipped),
-        }
+    for part in ("codec/2x2/fidelity/c.0", "codec/native/fidelity/zarr.json"):
+        assert f"small/stage_1/{part}" in flipped
 
 
 @pytest.mark.parametrize("name", ["scale/c.0", "offset/c.0", "fidelity/c.0"])
@@ -199,8 +196,8 @@ def test_a_store_on_object_storage_is_verified_alike(url: str, path: Path) -> No
     near, far = verify(path), verify(url)
     assert wrong(far) == []
     assert far.bytes_read == near.bytes_read
-    assert [replace(one, megabytes_per_second=0) for one in far.numbers] == [
-        replace(one, megabytes_per_second=0) for one in near.numbers
+    assert [replace(one, megabytes_per_second=0.0) for one in far.numbers] == [
+        replace(one, megabytes_per_second=0.0) for one in near.numbers
     ]
     (locate(url) / "small" / "notes.txt").write_bytes(b"mine")
     assert "notes.txt" in wrong(verify(url, quick=True))[0].what
