@@ -57,7 +57,12 @@ def test_findings_exit_with_3_and_say_what_mends_them(store: Path) -> None:
     damage(store)
     result = sak("verify", store)
     assert result.exit_code == 3
-    for text in ("findings", "damage: small, stage_1, shard 1, row 4", "sak verify", "--repair"):
+    for text in (
+        "findings",
+        "damage: small, stage_1/native, shard 1, row 4",
+        "sak verify",
+        "--repair",
+    ):
         assert text in result.stdout
     data = as_json(store, code=3)
     assert data["clean"] is False
