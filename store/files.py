@@ -55,6 +55,14 @@ def make_folder(folder: StorePath) -> None:
         folder.mkdir(exist_ok=True)
 
 
+def names_below(folder: StorePath) -> list[str]:
+    """Return the name of every file below a folder, relative to it, hidden ones too."""
+    if isinstance(folder, Path):
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return [path.relative_to(folder).as_posix() for path in paths]
+    return [name.removeprefix(folder.path).lstrip("/") for name in folder.fs.find(folder.path)]
+
+
 def remove_tree(folder: StorePath) -> None:
     """Remove a folder, if it is there, and everything below it."""
     if isinstance(folder, Path):

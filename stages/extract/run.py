@@ -109,7 +109,7 @@ def extract_teacher(
         ImageChangedError: an image is not the file that was indexed.
         NonFiniteFeaturesError: the teacher answered with NaN or infinity.
     """
-    rows = _open_rows(store_path, images, image_size, teacher)
+    rows = open_rows(store_path, images, image_size, teacher)
     threads = os.cpu_count() or 1
 
     def calibrate() -> Mapping[str, FittedTarget]:
@@ -132,7 +132,7 @@ def extract_teacher(
         ahead = _BATCHES_AHEAD * batch_size
         with closing(read_ahead(rows.load, good, threads, ahead)) as inputs:
             for batch in _batches(missing, batch_size):
-                writer.write(batch, *_answer(teacher, rows, batch, inputs))
+                writer.write(batch, *answer(teacher, rows, batch, inputs))
                 progress.advance(len(batch))
         writer.finish()
         seconds = time.perf_counter() - started
@@ -148,12 +148,17 @@ def extract_teacher(
     )
 
 
-def _open_rows(
+def open_rows(
     path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     teacher: Teacher,
 ) -> RowReader:
+    """Return the reader of a store's rows as a teacher's inputs.
+
+    Raises:
+        ExtractionError: the store lists other images or views than the data set has.
+    """
     store = FeatureStore(path)
     if store.views.image_size != image_size:
         raise ExtractionError(
@@ -178,8 +183,8 @@ def _batches(shards: Sequence[range], batch_size: int) -> Iterator[range]:
             yield range(start, min(start + batch_size, shard.stop))
 
 
-def _answer(
-    teacher: Teacher, rows: RowReader, batch: range, inputs: Iterator[Tensor]
+def answer(
+    teacher: Teacher, rows: RowReader, batch: Sequence[int], inputs: Iterator[Tensor]
 ) -> tuple[dict[str, _Array], _Array | None, NDArray[np.bool_]]:
     """Return levels (n, h, w, C), pooled (n, C) and validity (n,) of a batch, zeros if invalid."""
     good = [row for row in batch if rows.is_ok(row)]
