@@ -1,14 +1,13 @@
 """Makes a store: its root, images and views, at once or not at all; teachers come later."""
 
-import shutil
 from pathlib import Path
 
-from store.documents import write_document
 from store.errors import StoreError, StoreMismatchError, difference
-from store.files import full_disk_refused, parent_lock, partial_path, sync_folder
-from store.layout import METADATA, group_document
+from store.files import full_disk_refused, parent_lock
+from store.layout import METADATA
 from store.spec import ImageTable, ViewTable
-from store.tables import RootRecord, read_images, read_root, write_tables
+from store.swap import replace_tables, settle
+from store.tables import RootRecord, read_images, read_root
 
 
 def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None:
@@ -22,6 +21,24 @@ def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None
         StoreError: the path holds something that is no feature store.
     """
     path = Path(path).absolute()
+    record = root_of(images, views)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with parent_lock(path):
+        settle(path)
+        if (path / METADATA).exists():
+            _refuse_other(path, record, images)
+            return
+        _refuse_foreign(path)
+        with full_disk_refused(path, lambda: "Nothing was written"):
+            replace_tables(path, record, images, views)
+
+
+def root_of(images: ImageTable, views: ViewTable) -> RootRecord:
+    """Return what the root of a store of these images and views says.
+
+    Raises:
+        StoreError: the views are not those of so many images.
+    """
     record = RootRecord(
         images=len(images),
         images_digest=images.digest(),
@@ -31,31 +48,7 @@ def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None
     )
     if len(views) != record.rows:
         raise StoreError(f"{record.rows} rows are needed, the view table has {len(views)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parent_lock(path):
-        if (path / METADATA).exists():
-            _refuse_other(path, record, images)
-            return
-        _refuse_foreign(path)
-        with full_disk_refused(path, lambda: "Nothing was written"):
-            _build(path, record, images, views)
-
-
-def _build(path: Path, record: RootRecord, images: ImageTable, views: ViewTable) -> None:
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_tables(partial, images, views)
-        write_document(partial / METADATA, group_document(record.to_attributes()))
-        path.mkdir(exist_ok=True)
-        for name in ("images", "views", METADATA):
-            if (path / name).exists():  # torn by a kill between these renames; root not yet there
-                shutil.rmtree(path / name)
-            (partial / name).replace(path / name)
-        sync_folder(path)
-        sync_folder(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return record
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -77,14 +70,18 @@ def _refuse_other(path: Path, asked: RootRecord, images: ImageTable) -> None:
         return
     lines = difference(stored.to_attributes(), asked.to_attributes())
     if stored.images_digest != asked.images_digest:
-        lines += _image_difference(read_images(path), images)
+        old = read_images(path)
+        lines += image_difference(old, images)
+        if old.image_set() <= images.image_set() and stored.image_size == asked.image_size:
+            lines.append("All stored images are there: `sak index --append` adds the new ones.")
     raise StoreMismatchError(
         f"{path} was made for other images or views:\n" + "\n".join(lines) + "\n"
         "Choose another store path, or delete this folder to extract anew."
     )
 
 
-def _image_difference(stored: ImageTable, asked: ImageTable) -> list[str]:
+def image_difference(stored: ImageTable, asked: ImageTable) -> list[str]:
+    """Return lines that say how two tables differ, none when they are equal."""
     gone, new = set(stored.ids) - set(asked.ids), set(asked.ids) - set(stored.ids)
     lines = [
         f"  {len(names)} images {where}, such as {min(names)!r}"

@@ -19,9 +19,19 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 
+def ready_path(path: Path) -> Path:
+    """Return where a store's next root and tables wait, complete, to be moved in."""
+    return path.with_name(f".{path.name}.ready")
+
+
+def partials(folder: Path) -> list[Path]:
+    """Return the temporary files that a killed writer left below a folder."""
+    return sorted(folder.rglob(f".*{_PARTIAL}"))
+
+
 def remove_partials(folder: Path) -> None:
     """Remove the temporary files that a killed writer left; only the folder's owner may."""
-    for path in folder.rglob(f".*{_PARTIAL}"):
+    for path in partials(folder):
         path.unlink()
 
 

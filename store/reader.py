@@ -1,6 +1,7 @@
 """Reads features by row, only those that were really written, checksums verified."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -12,13 +13,21 @@ from numpy.typing import NDArray
 
 from store.chunks import read_array
 from store.documents import check_document
-from store.errors import StoreError, StoreMismatchError, nearest
+from store.errors import StoreDamagedError, StoreError, StoreMismatchError, nearest
 from store.layout import METADATA, ArrayLayout
 from store.shard import ShardReader
 from store.spec import ImageTable, TeacherSpec, ViewTable, canonical_json
 from store.statistics import Statistics
 from store.tables import read_images, read_root, read_views
-from store.teacher import VALID, TeacherRecord, is_teacher, read_marks, read_record, refuse_unusable
+from store.teacher import (
+    VALID,
+    TeacherRecord,
+    is_earlier,
+    is_teacher,
+    read_marks,
+    read_record,
+    refuse_unusable,
+)
 
 _OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
 
@@ -58,11 +67,13 @@ class FeatureStore:
     @cached_property
     def images(self) -> ImageTable:
         """The images, in order."""
+        self._refuse_grown()
         return read_images(self.path)
 
     @cached_property
     def views(self) -> ViewTable:
         """The view of every row."""
+        self._refuse_grown()
         return read_views(self.path)
 
     @cached_property
@@ -83,8 +94,13 @@ class FeatureStore:
 
     @property
     def unfinished(self) -> tuple[str, ...]:
-        """Names of the teachers whose extraction has begun but not ended."""
-        return tuple(name for name, record in self._records.items() if not record.finished)
+        """Names of the teachers that were begun, but not extracted for every image yet."""
+        return tuple(
+            name
+            for name, record in self._records.items()
+            if not record.finished
+            or (not record.belongs_to(self._root) and is_earlier(self.path, record))
+        )
 
     def digest(self, teachers: Sequence[str] | None = None) -> str:
         """Return a SHA-256 in hexadecimal of images, views and teachers (default: all finished).
@@ -190,7 +206,8 @@ class FeatureStore:
                 hint = nearest(level, features)
                 raise StoreError(f"teacher {teacher!r} has no level {level!r}: {hint}")
             layout = features[level]
-            check_document(self.path / teacher / layout.path / METADATA, layout.document())
+            with self._growth_told(teacher):
+                check_document(self.path / teacher / layout.path / METADATA, layout.document())
             self._layouts[teacher, level] = layout
         return self._layouts[teacher, level]
 
@@ -210,6 +227,7 @@ class FeatureStore:
             name: read_array(self.path / teacher, layout)
             for name, layout in record.layout.statistics(level).items()
         }
+        self._refuse_grown(teacher)  # these files have no rows that would show it
         return Statistics(count=int(parts["count"]), mean=parts["mean"], variance=parts["variance"])
 
     def _record(self, teacher: str) -> TeacherRecord:
@@ -221,13 +239,35 @@ class FeatureStore:
         return record
 
     def _open_shard(self, teacher: str, level: str, number: int) -> ShardReader:
-        return ShardReader(self.path / teacher, self.array(teacher, level), number)
+        layout = self.array(teacher, level)
+        with self._growth_told(teacher):
+            return ShardReader(self.path / teacher, layout, number)
 
     def _row_marks(self, teacher: str) -> NDArray[np.uint8]:
         if teacher not in self._marks:
             layout = self._record(teacher).layout
-            self._marks[teacher] = read_marks(self.path / teacher, layout)
+            with self._growth_told(teacher):
+                self._marks[teacher] = read_marks(self.path / teacher, layout)
         return self._marks[teacher]
+
+    @contextmanager
+    def _growth_told(self, teacher: str) -> Iterator[None]:
+        """Files that another process made longer meanwhile look damaged, but are not."""
+        try:
+            yield
+        except StoreDamagedError:
+            self._refuse_grown(teacher)
+            raise
+
+    def _refuse_grown(self, teacher: str | None = None) -> None:
+        same = read_root(self.path) == self._root
+        if teacher is not None:
+            same = read_record(self.path / teacher) == self._records[teacher]
+        if not same:
+            raise StoreMismatchError(
+                f"{self.path / (teacher or '')} has changed since it was opened, as it does when "
+                "images are added; open it again, after `sak extract-teachers`"
+            )
 
     def _refuse_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
         outside = rows[(rows < 0) | (rows >= self.rows)]

@@ -26,7 +26,7 @@ from store.errors import (
 from store.files import remove_partials
 from store.layout import METADATA, TeacherLayout, group_document
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
-from store.tables import RootRecord
+from store.tables import RootRecord, read_images, read_root, read_views
 
 UNWRITTEN, VALID, QUARANTINED = 0, 1, 2
 """Values of a teacher's `valid` array."""
@@ -108,16 +108,32 @@ def read_record(folder: Path) -> TeacherRecord:
     return record
 
 
+def is_earlier(path: Path, record: TeacherRecord) -> bool:
+    """Return whether a teacher was begun before images were added to the store at `path`.
+
+    Then its rows are the store's first, and only those behind them are missing.
+    """
+    root = read_root(path)
+    if record.rows >= root.rows or record.rows % root.views_per_image:
+        return False
+    images = read_images(path).take(range(record.rows // root.views_per_image))
+    views = read_views(path).first(record.rows)
+    return (images.digest(), views.digest()) == (record.images_digest, record.views_digest)
+
+
 def begin_teacher(folder: Path, asked: TeacherRecord) -> TeacherRecord:
     """Return the record to go on with, its metadata files in place; only the lock's holder may.
+
+    A teacher that is earlier than the images grows: its short last shard is of the wrong size and
+    has unwritten marks from then on, so it is asked for again; whole shards are not touched.
 
     Raises:
         StoreMismatchError: the folder holds something else than asked for.
     """
     record = asked
     if (folder / METADATA).exists():
-        record = read_record(folder)
-        _refuse_other(folder, record, asked)
+        record = _continued(folder, read_record(folder), asked)
+        write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         shutil.rmtree(folder / record.layout.valid().path, ignore_errors=True)
     remove_partials(folder)
@@ -127,9 +143,11 @@ def begin_teacher(folder: Path, asked: TeacherRecord) -> TeacherRecord:
     return record
 
 
-def _refuse_other(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> None:
+def _continued(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> TeacherRecord:
     # How it is cut and how far it got are no difference: a resumed teacher keeps both.
     same = replace(asked, rows_per_shard=stored.rows_per_shard, finished=stored.finished)
+    if stored.spec == asked.spec and is_earlier(folder.parent, stored):
+        return replace(same, finished=False)
     if stored != same:
         lines = difference(stored.to_attributes(), same.to_attributes())
         raise StoreMismatchError(
@@ -137,6 +155,7 @@ def _refuse_other(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> 
             + "\n".join(lines)
             + f"\nChoose another store path, or delete {folder} to extract it anew."
         )
+    return stored
 
 
 def refuse_unusable(folder: Path, record: TeacherRecord, root: RootRecord) -> None:
@@ -144,10 +163,16 @@ def refuse_unusable(folder: Path, record: TeacherRecord, root: RootRecord) -> No
 
     Raises:
         StoreMismatchError: the store's images or views changed since.
-        UnfinishedStoreError: shards are missing.
+        UnfinishedStoreError: shards are missing, or images were added since.
     """
     name = record.spec.name
     if not record.belongs_to(root):
+        if is_earlier(folder.parent, record):
+            raise UnfinishedStoreError(
+                f"teacher {name!r} is not finished: images were added since, it has seen "
+                f"{record.rows} of {root.rows} rows; run `sak extract-teachers {name}`, it "
+                "computes only what is missing"
+            )
         raise StoreMismatchError(
             f"teacher {name!r} was extracted for other images or views than {folder.parent} "
             f"now lists; delete {folder} and run `sak extract-teachers`"

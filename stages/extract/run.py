@@ -136,7 +136,8 @@ def _open_rows(
         lacking = [name for name in store.images.ids if name not in paths]
         raise ExtractionError(
             f"{path} lists {len(store.images.ids)} images, the data set {len(paths)}; in the store "
-            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. Index the data set into another store."
+            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
+            + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
         )
     if store.views.flips.any():
         raise ExtractionError(f"{path} asks for flipped views, which are not extracted yet")
