@@ -1,0 +1,136 @@
+"""Finds and deletes what a store no longer needs: dropped teachers and what killed runs left.
+
+Only what is recognisably this package's is ever named, and all of it under the lock of whoever
+could be writing it. A teacher is renamed aside before a file of it goes, so that no reader takes
+what a kill leaves for a teacher.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from store.errors import StoreError, StoreLockedError, nearest
+from store.files import FolderLock, partial_path, partials, ready_path, sync_folder
+from store.layout import METADATA
+from store.swap import TABLES, settle
+from store.tables import read_root
+from store.teacher import is_teacher
+
+_Found = Iterator[tuple[Path, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Garbage:
+    """Something to delete; `busy` where another process may be writing it, so that it stays.
+
+    `bytes` is the sum of the files' sizes, 0 where it is busy.
+    """
+
+    path: Path
+    reason: str
+    bytes: int
+    busy: bool
+
+
+def collect_garbage(
+    path: str | Path,
+    *,
+    drop: Collection[str] = (),
+    keep: Collection[str] | None = None,
+    delete: bool = False,
+) -> list[Garbage]:
+    """Return what can go from a store, and delete it if asked to.
+
+    These are the teachers named in `drop`, where `keep` is given all that it does not name,
+    teachers deleted or begun halfway, and temporary files in the store and beside it. An append
+    that was stopped when its tables were complete is not undone but completed.
+
+    Raises:
+        StoreError: there is no store, or no teacher of a name in `drop`; nothing was deleted.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        read_root(path)
+    known = {folder.name for folder in path.iterdir() if is_teacher(folder)}
+    for name in sorted(set(drop) - known):
+        raise StoreError(f"teacher {name!r} is not in {path}: {nearest(name, known)}")
+    dropped = set(drop) if keep is None else set(drop) | (known - set(keep))
+    found = _collect(path, path.parent, partial(_left_beside, path), delete)
+    read_root(path)
+    for folder in sorted(entry for entry in path.iterdir() if _may_be_ours(entry)):
+        found += _collect(path, folder, partial(_left_inside, folder, dropped), delete)
+    return found
+
+
+def _left_beside(path: Path) -> _Found:
+    tables = partial_path(path)
+    ours = {*TABLES, METADATA, partial_path(path / METADATA).name}
+    if tables.is_dir() and {entry.name for entry in tables.iterdir()} <= ours:
+        yield tables, "tables that were never completed"
+    if ready_path(path).is_dir():
+        yield ready_path(path), "tables of a stopped append, moved into the store"
+
+
+def _left_inside(folder: Path, dropped: Collection[str]) -> _Found:
+    if folder.name.startswith("."):
+        yield folder, "teacher that was being deleted"
+    elif not (folder / METADATA).exists():
+        yield folder, "teacher without its description"
+    elif folder.name in dropped:
+        yield folder, "teacher that is not asked for"
+    else:
+        yield from ((file, "temporary file of a stopped run") for file in partials(folder))
+
+
+def _may_be_ours(entry: Path) -> bool:
+    """Whether an entry of a store is a teacher's folder, or was one."""
+    if entry.is_symlink() or not entry.is_dir():
+        return False
+    if entry.name.startswith("."):
+        return entry.name == partial_path(Path(entry.name[1:]).with_suffix("")).name
+    return is_teacher(entry) or (
+        not (entry / METADATA).exists() and (entry / "commit" / METADATA).is_file()
+    )
+
+
+def _collect(path: Path, owner: Path, find: Callable[[], _Found], delete: bool) -> list[Garbage]:
+    try:
+        lock = FolderLock(owner)
+    except StoreLockedError:
+        return [Garbage(path=one, reason=why, bytes=0, busy=True) for one, why in find()]
+    try:
+        found = [
+            Garbage(path=one, reason=why, bytes=_bytes(one), busy=False) for one, why in find()
+        ]
+        for one in found if delete else ():
+            _delete(path, one.path)
+        return found
+    finally:
+        lock.release()
+
+
+def _delete(path: Path, garbage: Path) -> None:
+    if garbage == ready_path(path):
+        settle(path)
+    elif garbage.is_dir():
+        _delete_folder(garbage)
+    else:
+        garbage.unlink()
+
+
+def _delete_folder(folder: Path) -> None:
+    aside = folder
+    if not folder.name.startswith("."):
+        aside = partial_path(folder)
+        if aside.exists():  # of an earlier teacher of this name
+            shutil.rmtree(aside)
+        folder.replace(aside)
+        sync_folder(folder.parent)
+    shutil.rmtree(aside)
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files)
