@@ -115,6 +115,9 @@ class FolderLock:
             raise StoreLockedError(
                 f"another process is writing {folder}; wait until it ends, or stop it"
             ) from error
+        if not folder.exists() or not os.path.samestat(os.fstat(self._descriptor), folder.stat()):
+            self.release()  # of a folder that is no longer there, another may hold the new one
+            raise StoreLockedError(f"another process has just deleted {folder}; run this again")
 
     def release(self) -> None:
         """Let others in; a second call does nothing."""

@@ -121,6 +121,21 @@ def test_a_teacher_begun_before_two_appends_catches_up(path: Path, tmp_path: Pat
     assert tree(path) == tree(tmp_path / "whole")
 
 
+def test_a_teacher_is_unfinished_before_its_arrays_grow(path: Path) -> None:
+    placed: list[str] = []
+    real = os.replace
+
+    def replace_and_note(source: Any, target: Any) -> None:
+        placed.append(str(Path(target).relative_to(path / "small")))
+        real(source, target)
+
+    grow(path, 11)
+    with mock.patch("os.replace", replace_and_note):
+        FeatureWriter.open(path, SPEC).close()
+    assert placed[0] == "zarr.json"
+    assert "stage_1/native/zarr.json" in placed
+
+
 def test_another_specification_does_not_grow(path: Path) -> None:
     grow(path, 11)
     before = tree(path)

@@ -1,5 +1,6 @@
 """What `sak gc` may delete, and what it never does."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from store.append import append_images
 from store.collect import collect_garbage
 from store.create import create_store
-from store.errors import StoreError
+from store.errors import StoreError, StoreLockedError
 from store.files import FolderLock
 from store.reader import FeatureStore
 from store.testing import sample_images, sample_teacher, sample_views, write_rows, write_store
@@ -76,6 +77,24 @@ def test_what_is_being_written_stays(path: Path) -> None:
         assert all(one.busy for one in collect_garbage(path, delete=True))
         assert files(path) == before
         assert any(name.endswith(".partial") for name in before)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_lock_on_a_folder_that_was_deleted_is_none(path: Path, again: bool) -> None:
+    real = fcntl.flock
+
+    def flock_late(descriptor: int, how: int) -> None:
+        if how != fcntl.LOCK_UN:
+            (path / "second").rename(path.parent / "gone")
+            if again:
+                (path / "second").mkdir()
+        real(descriptor, how)
+
+    with (
+        mock.patch("fcntl.flock", flock_late),
+        pytest.raises(StoreLockedError, match=r"has just deleted .*second; run this again"),
+    ):
+        FolderLock(path / "second")
 
 
 def test_temporary_files_of_a_killed_writer_go(path: Path) -> None:
