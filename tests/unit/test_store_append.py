@@ -384,11 +384,15 @@ def run(path, kill_at):
 for number in range(1, 10_000, int(sys.argv[2])):
     path = folder / str(number) / "store"
     shutil.copytree(folder / "store", path)
-    child = os.fork()
-    if child == 0:
-        run(path, number)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
+    ends = []
+    again = [1 + 7 * number % 61] * (number % 2)  # every other time the one who resumes is, too
+    for kill_at in (number, *again):
+        child = os.fork()
+        if child == 0:
+            run(path, kill_at)
+            os._exit(0)
+        ends.append(os.waitpid(child, 0)[1])
+    if ends[0] == 0:
         break
 print(number)
 """
@@ -424,7 +428,7 @@ def test_killed_at_any_moment_of_append_and_extract(
         extract(killed)
         assert tree(killed.parent) == {f"store/{name}": digest for name, digest in whole.items()}
         shutil.rmtree(killed.parent)
-    assert states.keys() >= {"6", "sak index --append", "sak extract-teachers small"}
+    assert states.keys() >= {"6", "sak index --append", "sak extract-teachers"}
     assert states.keys() <= {
         "6",
         "11",
