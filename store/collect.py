@@ -25,7 +25,7 @@ _Found = Iterator[tuple[Path, str]]
 class Garbage:
     """Something to delete; `busy` where another process may be writing it, so that it stays.
 
-    `bytes` is the sum of the files' sizes, 0 where it is busy.
+    `bytes` is the sum of the files' sizes, 0 where it is busy or will be moved, not deleted.
     """
 
     path: Path
@@ -102,7 +102,8 @@ def _collect(path: Path, owner: Path, find: Callable[[], _Found], delete: bool) 
         return [Garbage(path=one, reason=why, bytes=0, busy=True) for one, why in find()]
     try:
         found = [
-            Garbage(path=one, reason=why, bytes=_bytes(one), busy=False) for one, why in find()
+            Garbage(path=one, reason=why, bytes=_bytes(path, one), busy=False)
+            for one, why in find()
         ]
         for one in found if delete else ():
             _delete(path, one.path)
@@ -131,6 +132,8 @@ def _delete_folder(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
+def _bytes(path: Path, garbage: Path) -> int:
+    if garbage == ready_path(path):
+        return 0
+    files = [garbage] if garbage.is_file() else filter(Path.is_file, garbage.rglob("*"))
     return sum(file.stat().st_size for file in files)

@@ -161,7 +161,8 @@ def test_a_stopped_append_is_completed(path: Path, moment: str) -> None:
         append_images(path, sample_images(9), sample_views(9))
     with pytest.raises(StoreError, match="run `sak index --append`"):
         collect_garbage(path)
-    collect_garbage(path, delete=True)
+    (found,) = collect_garbage(path, delete=True)
+    assert (found.path, found.bytes) == (path.with_name(".store.ready"), 0)
     assert len(FeatureStore(path).images) == 9
     assert os.listdir(path.parent) == ["store"]
 
