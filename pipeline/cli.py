@@ -95,7 +95,7 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
 
 @app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder of a feature store.")],
+    store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
     quarantined: Annotated[
         bool, typer.Option("--quarantined", help="List every unusable image and why.")
     ] = False,
@@ -105,13 +105,14 @@ def inspect(
     from pipeline import tables
 
     result = tables.quarantined(store) if quarantined else tables.inspect(store)
-    console.show(str(store), result, as_json)
+    console.show(store, result, as_json)
 
 
 @app.command(epilog="Example: sak gc --delete")
 def gc(
     store: Annotated[
-        Path | None, typer.Argument(help="Folder of a feature store; that of --params if left out.")
+        str | None,
+        typer.Argument(help="Folder or URL of a feature store; that of --params if left out."),
     ] = None,
     teacher: Annotated[
         list[str] | None, typer.Option(help="Drop this teacher, and no other; may be repeated.")

@@ -1,7 +1,5 @@
 """`sak gc`: what a store no longer needs."""
 
-from pathlib import Path
-
 from rich.filesize import decimal
 
 from pipeline.params import Params
@@ -14,7 +12,7 @@ def collect_params(params: Params, drop: list[str], delete: bool) -> Report:
     return collect(params.store, drop, delete, keep=None if drop else list(params.teachers))
 
 
-def collect(store: Path, drop: list[str], delete: bool, keep: list[str] | None = None) -> Report:
+def collect(store: str, drop: list[str], delete: bool, keep: list[str] | None = None) -> Report:
     """List what can go from a store, and delete it if asked to."""
     found = collect_garbage(store, drop=drop, keep=keep, delete=delete)
     freed = sum(one.bytes for one in found)

@@ -1,6 +1,5 @@
 """`sak extract-teachers`: stage one, one teacher after the other."""
 
-import shutil
 from dataclasses import asdict
 
 from rich.filesize import decimal
@@ -12,6 +11,8 @@ from stages.data.dataset import Dataset, open_dataset
 from stages.extract.run import ExtractSummary, extract
 from stages.progress import Progress
 from store.errors import StoreMismatchError
+from store.files import remove_tree
+from store.remote import locate
 
 
 def extract_teachers(params: Params, names: list[str], replace: bool, progress: Progress) -> Report:
@@ -68,5 +69,5 @@ def _extract_one(
         if not replace:
             advice = f"or drop them with: sak extract-teachers {name} --replace"
             raise StepError(f"{error}\n{advice}") from error
-    shutil.rmtree(params.store / name)
+    remove_tree(locate(params.store) / name)
     return extract(*arguments)

@@ -13,6 +13,7 @@ from stages.progress import Progress
 from store.append import append_images, in_stored_order
 from store.create import create_store
 from store.layout import METADATA
+from store.remote import locate
 from store.spec import ImageTable, ViewTable
 
 
@@ -42,7 +43,7 @@ def index(params: Params, append: bool, progress: Progress) -> IndexSummary:
     images = index_images(dataset.images, params.data.max_bad, progress)
     if append:
         images = in_stored_order(params.store, images)
-    there = (params.store / METADATA).exists()
+    there = (locate(params.store) / METADATA).exists()
     place = append_images if append and there else create_store
     place(params.store, images, whole_image_views(images, params.image_size))
     return IndexSummary(
@@ -54,7 +55,7 @@ def index(params: Params, append: bool, progress: Progress) -> IndexSummary:
         },
         splits={name: len(ids) for name, ids in dataset.splits.items()},
         tasks=tuple(task.name for task in dataset.tasks),
-        store=str(params.store),
+        store=params.store,
         images_digest=images.digest(),
     )
 

@@ -30,8 +30,8 @@ class Params(BaseModel):
     """Where the images and labels are."""
     tasks: tuple[str, ...]
     """Tasks the student is trained on; each must exist in the data, empty for unlabelled images."""
-    store: Path
-    """Folder of the feature store."""
+    store: str = Field(min_length=1)
+    """Folder of the feature store, or a URL such as `s3://bucket/features.zarr`."""
     runs: Path
     """Folder that receives one sub-folder per training run."""
     report: Path

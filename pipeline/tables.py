@@ -9,28 +9,34 @@ from pipeline.params import load_params
 from pipeline.report import Report
 from stages.extract.known import TeacherDescription, describe_teachers
 from store.inspect import StoreSummary, TeacherSummary, summarise
+from store.remote import locate
 from store.tables import read_images
 
 _SHOWN = 20
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: str) -> Report:
     """Say what a store holds."""
     summary = summarise(path)
     rows = [_level_row(teacher, index) for teacher in summary.teachers
             for index in range(len(teacher.levels))]  # fmt: skip
     return Report(
-        columns=("teacher", "level", "row shape", "bytes", "shards", "coverage", "model"),
+        columns=(
+            "teacher", "level", "row shape", "codec", "bytes", "cosine", "1st pct", "shards",
+            "coverage", "model",
+        ),
         rows=tuple(rows),
         data=summary.to_json(),
         remarks=_store_remarks(summary),
-    )
+    )  # fmt: skip
 
 
 def _level_row(teacher: TeacherSummary, index: int) -> tuple[object, ...]:
     level = teacher.levels[index]
     shape = " x ".join(str(side) for side in level.shape)
-    cells: tuple[object, ...] = (level.name, f"{shape} {level.dtype}", decimal(level.bytes))
+    kept = level.fidelity
+    cosines = ("", "") if kept is None else (f"{kept.cosine_mean:.4f}", f"{kept.cosine_p01:.4f}")
+    cells: tuple[object, ...] = (level.name, shape, level.codec, decimal(level.bytes), *cosines)
     if index:
         return ("", *cells, "", "", "")
     coverage = f"{teacher.coverage:.0%}" + ("" if teacher.finished else " (unfinished)")
@@ -53,9 +59,9 @@ def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
     return (*remarks, *bad[:_SHOWN], *more)
 
 
-def quarantined(path: Path) -> Report:
+def quarantined(path: str) -> Report:
     """List the images of a store that could not be used, and why."""
-    images = read_images(path)
+    images = read_images(locate(path))
     bad = {
         name: status
         for name, status in zip(images.ids, images.statuses, strict=True)

@@ -4,18 +4,17 @@ The grown tables hold the stored images first, so every row keeps its number and
 as they are. A teacher of fewer rows is recognised by the digests of the rows it has seen.
 """
 
-from pathlib import Path
-
 from store.create import image_difference, root_of
 from store.errors import StoreMismatchError, difference
-from store.files import full_disk_refused, parent_lock
+from store.files import creation_lock, full_disk_refused
 from store.layout import METADATA
+from store.remote import StorePath, locate
 from store.spec import ImageTable, ViewTable
 from store.swap import replace_tables, settle
 from store.tables import RootRecord, read_images, read_root
 
 
-def append_images(path: str | Path, images: ImageTable, views: ViewTable) -> None:
+def append_images(path: str | StorePath, images: ImageTable, views: ViewTable) -> None:
     """Grow a store to these images and views; the first entries must be those it has already.
 
     Whatever moment a kill hits, the store is the old one, the new one, or refused with the command
@@ -25,9 +24,9 @@ def append_images(path: str | Path, images: ImageTable, views: ViewTable) -> Non
         StoreMismatchError: a stored image or view is gone, changed or in another place.
         StoreError: there is no store, the tables do not fit each other, or the disk is full.
     """
-    path = Path(path).absolute()
+    path = locate(path)
     asked = root_of(images, views)
-    with parent_lock(path):
+    with creation_lock(path):
         settle(path)
         stored = read_root(path)
         if stored == asked:
@@ -37,7 +36,7 @@ def append_images(path: str | Path, images: ImageTable, views: ViewTable) -> Non
             replace_tables(path, asked, images, views)
 
 
-def in_stored_order(path: str | Path, images: ImageTable) -> ImageTable:
+def in_stored_order(path: str | StorePath, images: ImageTable) -> ImageTable:
     """Return the images in the order to append them: those stored first, then the new ones.
 
     Without a store the order stays. New images keep the order among themselves.
@@ -45,9 +44,8 @@ def in_stored_order(path: str | Path, images: ImageTable) -> ImageTable:
     Raises:
         StoreMismatchError: a stored image is not among `images`, or has changed.
     """
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parent_lock(path):
+    path = locate(path)
+    with creation_lock(path):
         settle(path)
         if not (path / METADATA).exists():
             return images
@@ -64,7 +62,9 @@ def in_stored_order(path: str | Path, images: ImageTable) -> ImageTable:
     return ordered
 
 
-def _refuse_changed(path: Path, stored: RootRecord, images: ImageTable, views: ViewTable) -> None:
+def _refuse_changed(
+    path: StorePath, stored: RootRecord, images: ImageTable, views: ViewTable
+) -> None:
     count = min(stored.images, len(images))
     kept = images.take(range(count))
     first = root_of(kept, views.first(count * views.views_per_image))
@@ -75,7 +75,7 @@ def _refuse_changed(path: Path, stored: RootRecord, images: ImageTable, views: V
         _refuse(path, lines)
 
 
-def _refuse(path: Path, lines: list[str]) -> None:
+def _refuse(path: StorePath, lines: list[str]) -> None:
     raise StoreMismatchError(
         f"{path} cannot grow, the images it lists must all be there as they were:\n"
         + "\n".join(lines)

@@ -2,7 +2,8 @@
 
 Only what is recognisably this package's is ever named, and all of it under the lock of whoever
 could be writing it. A teacher is renamed aside before a file of it goes, so that no reader takes
-what a kill leaves for a teacher.
+what a kill leaves for a teacher. Object storage has no renames: there its description goes first,
+and what tells that the rest was a teacher goes last.
 """
 
 import shutil
@@ -11,14 +12,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from upath import UPath
+
 from store.errors import StoreError, StoreLockedError, nearest
-from store.files import FolderLock, partial_path, partials, ready_path, sync_folder
+from store.files import (
+    Lock,
+    lock_folder,
+    partial_path,
+    partials,
+    ready_path,
+    remove_file,
+    sync_folder,
+)
 from store.layout import METADATA
+from store.lease import is_lease
+from store.remote import StorePath, each, locate
 from store.swap import TABLES, settle
 from store.tables import read_root
-from store.teacher import is_teacher
+from store.teacher import is_teacher, teacher_folders
 
-_Found = Iterator[tuple[Path, str]]
+_Found = Iterator[tuple[StorePath, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +41,14 @@ class Garbage:
     `bytes` is the sum of the files' sizes, 0 where it is busy or will be moved, not deleted.
     """
 
-    path: Path
+    path: StorePath
     reason: str
     bytes: int
     busy: bool
 
 
 def collect_garbage(
-    path: str | Path,
+    path: str | StorePath,
     *,
     drop: Collection[str] = (),
     keep: Collection[str] | None = None,
@@ -50,30 +63,37 @@ def collect_garbage(
     Raises:
         StoreError: there is no store, or no teacher of a name in `drop`; nothing was deleted.
     """
-    path = Path(path).absolute()
+    path = locate(path)
     if not path.is_dir():
         read_root(path)
-    known = {folder.name for folder in path.iterdir() if is_teacher(folder)}
+    known = {folder.name for folder in teacher_folders(path)}
     for name in sorted(set(drop) - known):
         raise StoreError(f"teacher {name!r} is not in {path}: {nearest(name, known)}")
     dropped = set(drop) if keep is None else set(drop) | (known - set(keep))
-    found = _collect(path, path.parent, partial(_left_beside, path), delete)
+    owner = path.parent if isinstance(path, Path) else path  # as `creation_lock` has it
+    found = _collect(path, owner, partial(_left_beside, path), delete)
     read_root(path)
-    for folder in sorted(entry for entry in path.iterdir() if _may_be_ours(entry)):
+    folders = (entry for entry in path.iterdir() if _may_be_ours(entry))
+    for folder in sorted(folders, key=lambda entry: entry.name):
         found += _collect(path, folder, partial(_left_inside, folder, dropped), delete)
     return found
 
 
-def _left_beside(path: Path) -> _Found:
-    tables = partial_path(path)
-    ours = {*TABLES, METADATA, partial_path(path / METADATA).name}
-    if tables.is_dir() and {entry.name for entry in tables.iterdir()} <= ours:
-        yield tables, "tables that were never completed"
-    if ready_path(path).is_dir():
-        yield ready_path(path), "tables of a stopped append, moved into the store"
+def _left_beside(path: StorePath) -> _Found:
+    ready = ready_path(path)
+    if isinstance(path, Path):
+        tables = partial_path(path)
+        ours = {*TABLES, METADATA, partial_path(path / METADATA).name}
+        if tables.is_dir() and {entry.name for entry in tables.iterdir()} <= ours:
+            yield tables, "tables that were never completed"
+    if ready.is_dir():
+        if isinstance(ready, Path) or (ready / METADATA).exists():
+            yield ready, "tables of a stopped append, moved into the store"
+        else:
+            yield ready, "tables that were never completed"
 
 
-def _left_inside(folder: Path, dropped: Collection[str]) -> _Found:
+def _left_inside(folder: StorePath, dropped: Collection[str]) -> _Found:
     if folder.name.startswith("."):
         yield folder, "teacher that was being deleted"
     elif not (folder / METADATA).exists():
@@ -84,20 +104,22 @@ def _left_inside(folder: Path, dropped: Collection[str]) -> _Found:
         yield from ((file, "temporary file of a stopped run") for file in partials(folder))
 
 
-def _may_be_ours(entry: Path) -> bool:
+def _may_be_ours(entry: StorePath) -> bool:
     """Whether an entry of a store is a teacher's folder, or was one."""
     if entry.is_symlink() or not entry.is_dir():
         return False
-    if entry.name.startswith("."):
+    if entry.name.startswith("."):  # only in a folder
         return entry.name == partial_path(Path(entry.name[1:]).with_suffix("")).name
     return is_teacher(entry) or (
         not (entry / METADATA).exists() and (entry / "commit" / METADATA).is_file()
     )
 
 
-def _collect(path: Path, owner: Path, find: Callable[[], _Found], delete: bool) -> list[Garbage]:
+def _collect(
+    path: StorePath, owner: StorePath, find: Callable[[], _Found], delete: bool
+) -> list[Garbage]:
     try:
-        lock = FolderLock(owner)
+        lock: Lock = lock_folder(owner)
     except StoreLockedError:
         return [Garbage(path=one, reason=why, bytes=0, busy=True) for one, why in find()]
     try:
@@ -106,19 +128,22 @@ def _collect(path: Path, owner: Path, find: Callable[[], _Found], delete: bool) 
             for one, why in find()
         ]
         for one in found if delete else ():
+            lock.check()
             _delete(path, one.path)
         return found
     finally:
         lock.release()
 
 
-def _delete(path: Path, garbage: Path) -> None:
+def _delete(path: StorePath, garbage: StorePath) -> None:
     if garbage == ready_path(path):
         settle(path)
-    elif garbage.is_dir():
+    elif not garbage.is_dir():
+        garbage.unlink()
+    elif isinstance(garbage, Path):
         _delete_folder(garbage)
     else:
-        garbage.unlink()
+        _delete_objects(garbage)
 
 
 def _delete_folder(folder: Path) -> None:
@@ -132,8 +157,24 @@ def _delete_folder(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _bytes(path: Path, garbage: Path) -> int:
-    if garbage == ready_path(path):
+def _delete_objects(folder: UPath) -> None:
+    remove_file(folder / METADATA)
+    mark = folder / "commit" / METADATA
+    others = [file for file in _files(folder) if file != mark]
+    each(folder, lambda file: file.unlink(), others)
+    remove_file(mark)
+
+
+def _files(folder: StorePath) -> list[StorePath]:
+    """Return the files below a folder, but for the leases, which their holders remove."""
+    if isinstance(folder, Path):
+        return [file for file in folder.rglob("*") if file.is_file()]
+    names = [name.removeprefix(folder.path).lstrip("/") for name in folder.fs.find(folder.path)]
+    return [folder / name for name in names if not is_lease(name)]
+
+
+def _bytes(path: StorePath, garbage: StorePath) -> int:
+    if garbage == ready_path(path) and (garbage / METADATA).exists():
         return 0
-    files = [garbage] if garbage.is_file() else filter(Path.is_file, garbage.rglob("*"))
-    return sum(file.stat().st_size for file in files)
+    files = [garbage] if garbage.is_file() else _files(garbage)
+    return sum(each(path, lambda file: file.stat().st_size, files))

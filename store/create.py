@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from store.errors import StoreError, StoreMismatchError, difference
-from store.files import full_disk_refused, parent_lock
+from store.files import creation_lock, full_disk_refused
 from store.layout import METADATA
+from store.remote import StorePath, locate
 from store.spec import ImageTable, ViewTable
 from store.swap import replace_tables, settle
 from store.tables import RootRecord, read_images, read_root
 
 
-def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None:
+def create_store(path: str | StorePath, images: ImageTable, views: ViewTable) -> None:
     """Make a store for these images and views, without any teacher; all at once or not at all.
 
     Does nothing when the store is there for the same images and views. A folder that holds only
@@ -20,13 +21,13 @@ def create_store(path: str | Path, images: ImageTable, views: ViewTable) -> None
         StoreMismatchError: the store is there for other images or views.
         StoreError: the path holds something that is no feature store.
     """
-    path = Path(path).absolute()
+    path = locate(path)
     record = root_of(images, views)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with parent_lock(path):
+    if not isinstance(path, Path) and _is_there(path, record, images):
+        return  # without a lease, which takes the right to write
+    with creation_lock(path):
         settle(path)
-        if (path / METADATA).exists():
-            _refuse_other(path, record, images)
+        if _is_there(path, record, images):
             return
         _refuse_foreign(path)
         with full_disk_refused(path, lambda: "Nothing was written"):
@@ -51,7 +52,14 @@ def root_of(images: ImageTable, views: ViewTable) -> RootRecord:
     return record
 
 
-def _refuse_foreign(path: Path) -> None:
+def _is_there(path: StorePath, record: RootRecord, images: ImageTable) -> bool:
+    there = (path / METADATA).exists()
+    if there:
+        _refuse_other(path, record, images)
+    return there
+
+
+def _refuse_foreign(path: StorePath) -> None:
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; choose another path for the store")
     for entry in path.iterdir() if path.exists() else ():
@@ -64,7 +72,7 @@ def _refuse_foreign(path: Path) -> None:
             )
 
 
-def _refuse_other(path: Path, asked: RootRecord, images: ImageTable) -> None:
+def _refuse_other(path: StorePath, asked: RootRecord, images: ImageTable) -> None:
     stored = read_root(path)
     if stored == asked:
         return

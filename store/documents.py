@@ -1,12 +1,12 @@
 """Metadata files: placed atomically, and compared with what they must say before being believed."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from store.errors import StoreDamagedError, StoreFormatError
-from store.files import write_file
+from store.files import read_file, write_file
 from store.layout import group_document
+from store.remote import StorePath
 from store.spec import FORMAT, FORMAT_VERSION
 
 
@@ -15,14 +15,14 @@ def encode_document(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def load_document(path: Path) -> dict[str, Any]:
+def load_document(path: StorePath) -> dict[str, Any]:
     """Return the content of a metadata file.
 
     Raises:
         StoreDamagedError: the file is missing or no JSON object.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_file(path))
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{path} is missing from the store") from error
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8
@@ -32,14 +32,18 @@ def load_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def write_document(path: Path, document: dict[str, Any]) -> None:
+def write_document(path: StorePath, document: dict[str, Any]) -> None:
     """Place a metadata file, unless it already says just that."""
     data = encode_document(document)
-    if not path.exists() or path.read_bytes() != data:
+    try:
+        there = read_file(path) == data
+    except FileNotFoundError:
+        there = False
+    if not there:
         write_file(path, data)
 
 
-def check_document(path: Path, expected: dict[str, Any]) -> None:
+def check_document(path: StorePath, expected: dict[str, Any]) -> None:
     """Refuse metadata that is not the only document this format allows there.
 
     Raises:
@@ -54,7 +58,7 @@ def check_document(path: Path, expected: dict[str, Any]) -> None:
         raise StoreDamagedError(f"{path} does not agree with the store's own description: {detail}")
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: StorePath) -> dict[str, Any]:
     """Return the attributes of a group that must be of this format and version.
 
     Raises:
@@ -67,9 +71,14 @@ def read_attributes(path: Path) -> dict[str, Any]:
         raise StoreFormatError(f"{path} is not of a feature store; choose another path")
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
         raise StoreFormatError(
             f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}; "
-            "upgrade sak-distill (`pip install --upgrade sak-distill`)"
+            + (
+                "run `sak index` and `sak extract-teachers` with another store path"
+                if older
+                else "upgrade sak-distill (`pip install --upgrade sak-distill`)"
+            )
         )
     # Zarr's tools may add consolidated metadata at the root, so only these keys are compared.
     if {**document, **group_document(attributes)} != document:

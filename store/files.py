@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from store.errors import StoreError, StoreLockedError
+from store.lease import Lease
+from store.remote import StorePath, missing_bucket_refused
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # disk, quota, file-size limit
 _PARTIAL = ".partial"
@@ -19,17 +21,24 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 
-def ready_path(path: Path) -> Path:
-    """Return where a store's next root and tables wait, complete, to be moved in."""
-    return path.with_name(f".{path.name}.ready")
+def ready_path(path: StorePath) -> StorePath:
+    """Return where a store's next root and tables wait, complete, to be moved in.
+
+    Beside the store; below it on object storage, where it may be a whole bucket.
+    """
+    return path.with_name(f".{path.name}.ready") if isinstance(path, Path) else path / ".ready"
 
 
-def partials(folder: Path) -> list[Path]:
-    """Return the temporary files that a killed writer left below a folder."""
-    return sorted(folder.rglob(f".*{_PARTIAL}"))
+def partials(folder: StorePath) -> list[Path]:
+    """Return the temporary files that a killed writer left below a folder.
+
+    On object storage there are none: what was not completed shows nowhere. Its parts still cost
+    money, so give the bucket the usual lifecycle rule (AbortIncompleteMultipartUpload).
+    """
+    return sorted(folder.rglob(f".*{_PARTIAL}")) if isinstance(folder, Path) else []
 
 
-def remove_partials(folder: Path) -> None:
+def remove_partials(folder: StorePath) -> None:
     """Remove the temporary files that a killed writer left; only the folder's owner may."""
     for path in partials(folder):
         path.unlink()
@@ -51,8 +60,31 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def make_folder(folder: StorePath) -> None:
+    """Make a folder below one that exists; object storage has none to make."""
+    if isinstance(folder, Path):
+        folder.mkdir(exist_ok=True)
+
+
+def remove_tree(folder: StorePath) -> None:
+    """Remove a folder, if it is there, and everything below it."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
+
+
+def read_file(path: StorePath) -> bytes:
+    """Return the content of a file."""
+    return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
+
+
+def write_file(path: StorePath, data: bytes) -> None:
     """Place a file atomically and durably, its folders made as needed."""
+    if not isinstance(path, Path):
+        with missing_bucket_refused(path):
+            path.fs.pipe_file(path.path, data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -70,7 +102,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
+def full_disk_refused(path: StorePath, state: Callable[[], str]) -> Iterator[None]:
     """Turn a full disk, quota or file-size limit into a message that says what is safe (`state`).
 
     Raises:
@@ -79,7 +111,7 @@ def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in _NO_SPACE or not isinstance(path, Path):
             raise
         free = shutil.disk_usage(path if path.exists() else path.parent).free
         raise StoreError(
@@ -89,8 +121,26 @@ def full_disk_refused(path: Path, state: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def parent_lock(path: Path) -> Iterator[None]:
-    """Hold the folder that contains `path` while the store itself is made; waits for its turn."""
+def creation_lock(path: StorePath) -> Iterator[None]:
+    """Hold `path` while the store itself is made; waits for its turn where that can be done.
+
+    Raises:
+        StoreLockedError: on object storage, somebody else makes it.
+    """
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _parent_lock(path):
+            yield
+        return
+    lease = Lease(path)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+@contextmanager
+def _parent_lock(path: Path) -> Iterator[None]:
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -119,6 +169,9 @@ class FolderLock:
             self.release()  # of a folder that is no longer there, another may hold the new one
             raise StoreLockedError(f"another process has just deleted {folder}; run this again")
 
+    def check(self) -> None:
+        """Do nothing: the kernel never gives it away."""
+
     def release(self) -> None:
         """Let others in; a second call does nothing."""
         if self._descriptor is not None:
@@ -128,8 +181,23 @@ class FolderLock:
             self._descriptor = None
 
 
-def remove_file(path: Path) -> None:
+Lock = FolderLock | Lease
+
+
+def lock_folder(folder: StorePath) -> Lock:
+    """Return exclusive use of a folder.
+
+    Raises:
+        StoreLockedError: another process or writer holds it.
+    """
+    return FolderLock(folder) if isinstance(folder, Path) else Lease(folder)
+
+
+def remove_file(path: StorePath) -> None:
     """Remove a file if it is there, durably."""
+    if not isinstance(path, Path):
+        path.unlink(missing_ok=True)
+        return
     with suppress(FileNotFoundError):
         path.unlink()
         sync_folder(path.parent)

@@ -5,6 +5,7 @@ Any Zarr reader opens the arrays without this module. What it adds: chunks as la
 refusal of unfinished teachers. float16 overflows in sums: cast to float32 before a mean.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,35 @@ import numpy as np
 import xarray
 import zarr
 
-from store.layout import ArrayLayout
+from store.calibration import Fidelity
+from store.codecs import Codec, Codes, Values
 from store.reader import FeatureStore
-from store.spec import FORMAT_VERSION
-from store.teacher import VALID, is_teacher, missing_shards, read_marks, read_record
+from store.remote import StorePath
+from store.spec import FORMAT_VERSION, Grid
+from store.stored_codecs import read_codec
+from store.teacher import (
+    VALID,
+    TeacherRecord,
+    missing_shards,
+    read_marks,
+    read_record,
+    teacher_folders,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LevelSummary:
-    """One feature array: `shape` of a row, bytes on disk."""
+    """One feature array: `shape` of a row as read, bytes on disk and per row as stored.
+
+    `fidelity` is what its codec keeps of tokens, None where floats are stored.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    codec: str
+    row_bytes: int
     bytes: int
+    fidelity: Fidelity | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,41 +81,64 @@ class StoreSummary:
         return asdict(self)
 
 
-def open_dask(path: str | Path, teacher: str, level: str) -> dask.array.Array:
-    """Return a level (rows, H, W, C), or `global` (rows, C), as float16 in shard-sized chunks.
+def open_dask(
+    path: str | StorePath, teacher: str, level: str, resolution: Grid | None = None
+) -> dask.array.Array:
+    """Return a level (rows, H, W, C), or `global` (rows, C), decoded, in shard-sized chunks.
 
-    Rows that are quarantined are zeros: mask them with `FeatureStore.valid`. Cast to float32
-    before any reduction, float16 sums overflow.
+    Quarantined rows hold no features: mask them with `FeatureStore.valid`. Where float16 is stored,
+    float16 comes: cast to float32 before any reduction, float16 sums overflow.
 
     Raises:
-        StoreError: unknown teacher or level, or a teacher that is not finished.
+        StoreError: unknown teacher, level or resolution, or a teacher that is not finished.
     """
     store = FeatureStore(path)
-    layout = store.array(teacher, level)
-    array = zarr.open_array(store.path / teacher / layout.path, mode="r")
+    layout = store.array(teacher, level, resolution)
+    address = store.path / teacher / layout.path
+    if isinstance(address, Path):
+        array = zarr.open_array(address, mode="r")
+    else:
+        options = dict(address.storage_options) or None
+        array = zarr.open_array(str(address), mode="r", storage_options=options)
     lazy: dask.array.Array = dask.array.from_zarr(  # type: ignore[no-untyped-call]
         array, chunks=layout.chunk
     )
-    return lazy
+    fitted = store.codec(teacher, level, resolution)
+    if fitted is None:
+        return lazy
+    row = (*(resolution or store.grids(teacher, level)[0]), _channels(store, teacher, level))
+    decoded: dask.array.Array = lazy.map_blocks(
+        _decode,  # type: ignore[arg-type]
+        fitted.codec,
+        dtype=np.float32,
+        chunks=(lazy.chunks[0], *((side,) for side in row)),
+    )
+    return decoded
 
 
-def open_xarray(path: str | Path, teacher: str) -> xarray.Dataset:
-    """Return a teacher's levels as lazy variables along `row`, with `image` and `valid` beside.
+def _decode(codes: Codes, codec: Codec) -> Values:
+    return np.stack([codec.decode(row) for row in codes])
 
-    The axes `y`, `x` and `channel` are shared where all levels agree on their size, otherwise each
-    level has its own, such as `channel_stage_1`.
+
+def _channels(store: FeatureStore, teacher: str, level: str) -> int:
+    levels = store.teachers[teacher].levels
+    return next(entry.channels for entry in levels if entry.name == level)
+
+
+def open_xarray(path: str | StorePath, teacher: str) -> xarray.Dataset:
+    """Return a teacher's levels, each at its finest, as lazy variables along `row`.
+
+    `image`, `view` and `valid` lie beside them. The axes `y`, `x` and `channel` are shared where
+    all levels agree on their size, otherwise each level has its own, such as `channel_stage_1`.
 
     Raises:
         StoreError: unknown teacher, or one that is not finished.
     """
     store = FeatureStore(path)
-    layouts = {level: store.array(teacher, level) for level in store.levels(teacher)}
+    arrays = {level: open_dask(path, teacher, level) for level in store.levels(teacher)}
     views = store.views.views_per_image
     return xarray.Dataset(
-        {
-            level: (_dimensions(level, layouts), open_dask(path, teacher, level))
-            for level in layouts
-        },
+        {level: (_dimensions(level, arrays), array) for level, array in arrays.items()},
         coords={
             "image": ("row", np.repeat(np.array(store.images.ids), views)),
             "view": ("row", np.tile(np.arange(views), len(store.images))),
@@ -109,16 +148,21 @@ def open_xarray(path: str | Path, teacher: str) -> xarray.Dataset:
     )
 
 
-def _dimensions(level: str, layouts: dict[str, ArrayLayout]) -> tuple[str, ...]:
+def _dimensions(level: str, arrays: Mapping[str, dask.array.Array]) -> tuple[str, ...]:
     sizes: dict[str, set[int]] = {}
-    for layout in layouts.values():
-        for name, size in zip(layout.dimensions, layout.shape, strict=True):
+    for array in arrays.values():
+        for name, size in zip(_axes(array), array.shape, strict=True):
             sizes.setdefault(name, set()).add(size)
-    names = layouts[level].dimensions
-    return tuple(name if len(sizes[name]) == 1 else f"{name}_{level}" for name in names)
+    return tuple(
+        name if len(sizes[name]) == 1 else f"{name}_{level}" for name in _axes(arrays[level])
+    )
 
 
-def summarise(path: str | Path) -> StoreSummary:
+def _axes(array: dask.array.Array) -> tuple[str, ...]:
+    return ("row", "y", "x", "channel") if array.ndim == 4 else ("row", "channel")
+
+
+def summarise(path: str | StorePath) -> StoreSummary:
     """Return what a store holds, finished or not, from metadata and file sizes only.
 
     Raises:
@@ -126,7 +170,6 @@ def summarise(path: str | Path) -> StoreSummary:
     """
     store = FeatureStore(path)
     images = store.images
-    folders = (folder for folder in sorted(store.path.iterdir()) if is_teacher(folder))
     return StoreSummary(
         path=str(store.path),
         format_version=FORMAT_VERSION,
@@ -140,11 +183,11 @@ def summarise(path: str | Path) -> StoreSummary:
         },
         digest=store.digest(),
         bytes=_folder_bytes(store.path),
-        teachers=tuple(_summarise_teacher(folder, store) for folder in folders),
+        teachers=tuple(_summarise_teacher(folder, store) for folder in teacher_folders(store.path)),
     )
 
 
-def _summarise_teacher(folder: Path, store: FeatureStore) -> TeacherSummary:
+def _summarise_teacher(folder: StorePath, store: FeatureStore) -> TeacherSummary:
     record = read_record(folder)
     unfinished = folder.name in store.unfinished
     layout = record.layout
@@ -159,19 +202,30 @@ def _summarise_teacher(folder: Path, store: FeatureStore) -> TeacherSummary:
         shards=layout.shards,
         rows_per_shard=record.rows_per_shard,
         bytes=_folder_bytes(folder),
-        levels=tuple(
-            LevelSummary(
-                name=name,
-                shape=array.shape[1:],
-                dtype="float16",
-                bytes=_folder_bytes(folder / array.path),
-            )
-            for name, array in layout.features().items()
-        ),
+        levels=tuple(_summarise_array(folder, record, name) for name in layout.features()),
         fingerprint=record.spec.fingerprint(),
         provenance=dict(record.spec.provenance),
     )
 
 
-def _folder_bytes(folder: Path) -> int:
+def _summarise_array(folder: StorePath, record: TeacherRecord, name: str) -> LevelSummary:
+    array = record.layout.features()[name]
+    target = next((one for one in record.spec.targets if one.name == name), None)
+    stored = record.codecs.get(name)
+    fitted = None if stored is None or target is None else read_codec(folder, target, stored)
+    return LevelSummary(
+        name=name,
+        shape=array.shape[1:] if target is None else (*target.grid, target.channels),
+        codec=str(np.dtype(array.dtype)) if stored is None else stored.name,
+        row_bytes=array.row_bytes,
+        bytes=_folder_bytes(folder / array.path),
+        fidelity=None if fitted is None else fitted.fidelity,
+    )
+
+
+def _folder_bytes(folder: StorePath) -> int:
+    if not isinstance(folder, Path):  # a listing tells all sizes, asking for each is a request each
+        return sum(
+            int(entry["size"]) for entry in folder.fs.find(folder.path, detail=True).values()
+        )
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

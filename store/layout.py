@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from store.spec import GLOBAL, TeacherSpec
-
 METADATA = "zarr.json"
 CHECKSUM_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 TABLE_ROWS = 65_536
-MAX_ROWS_PER_SHARD = 4_096
 
-_DATA_TYPES = {
+DATA_TYPES = {
     "|u1": "uint8",
+    "|i1": "int8",
+    "<u2": "uint16",
     "|b1": "bool",
     "<i4": "int32",
     "<i8": "int64",
@@ -89,7 +88,7 @@ class ArrayLayout:
             "zarr_format": 3,
             "node_type": "array",
             "shape": list(self.shape),
-            "data_type": _DATA_TYPES[self.dtype],
+            "data_type": DATA_TYPES[self.dtype],
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": "NaN" if kind == "f" else False if kind == "b" else 0,
@@ -121,112 +120,3 @@ def table_layout(
 def group_document(attributes: dict[str, Any]) -> dict[str, Any]:
     """Return the Zarr v3 metadata of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-
-
-def default_rows_per_shard(spec: TeacherSpec, shard_bytes: int) -> int:
-    """Return how many rows of the largest level fit a shard of `shard_bytes`, at least one."""
-    largest = max(level.grid[0] * level.grid[1] * level.channels * 2 for level in spec.levels)
-    return max(1, min(MAX_ROWS_PER_SHARD, shard_bytes // largest))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherLayout:
-    """Every array below a teacher's folder."""
-
-    spec: TeacherSpec
-    rows: int
-    rows_per_shard: int
-
-    @property
-    def shards(self) -> int:
-        """Number of shards of every array of the teacher."""
-        return math.ceil(self.rows / self.rows_per_shard)
-
-    def shard_rows(self, shard: int) -> range:
-        """Return the rows of a shard."""
-        start = shard * self.rows_per_shard
-        return range(start, min(start + self.rows_per_shard, self.rows))
-
-    def features(self) -> dict[str, ArrayLayout]:
-        """Return the feature arrays by level name, `global` last where there is a pooled output."""
-        arrays = {
-            level.name: self._feature(
-                f"{level.name}/native", (*level.grid, level.channels), ("y", "x", "channel")
-            )
-            for level in self.spec.levels
-        }
-        if self.spec.global_channels is not None:
-            arrays[GLOBAL] = self._feature(GLOBAL, (self.spec.global_channels,), ("channel",))
-        return arrays
-
-    def _feature(
-        self, path: str, row_shape: tuple[int, ...], dimensions: tuple[str, ...]
-    ) -> ArrayLayout:
-        return ArrayLayout(
-            path=path,
-            dtype="<f2",
-            shape=(self.rows, *row_shape),
-            chunk=(self.rows_per_shard, *row_shape),
-            dimensions=("row", *dimensions),
-            row_chunks=True,
-        )
-
-    def valid(self) -> ArrayLayout:
-        """Return the layout of the row marks, whose chunks are the commit marks."""
-        return ArrayLayout(
-            path="valid",
-            dtype="|u1",
-            shape=(self.rows,),
-            chunk=(self.rows_per_shard,),
-            dimensions=("row",),
-        )
-
-    def digests(self) -> ArrayLayout:
-        """Return the layout of the SHA-256 of each shard file, arrays in the order of features."""
-        entry = (len(self.features()), 32)
-        return ArrayLayout(
-            path="commit/digest",
-            dtype="|u1",
-            shape=(self.shards, *entry),
-            chunk=(1, *entry),
-            dimensions=("shard", "array", "byte"),
-        )
-
-    def moments(self) -> ArrayLayout:
-        """Return the layout of count, mean and M2 of each shard, levels' channels in a line."""
-        entry = (3, sum(level.channels for level in self.spec.levels))
-        return ArrayLayout(
-            path="commit/statistics",
-            dtype="<f8",
-            shape=(self.shards, *entry),
-            chunk=(1, *entry),
-            dimensions=("shard", "moment", "channel"),
-        )
-
-    def statistics(self, level: str) -> dict[str, ArrayLayout]:
-        """Return the layouts of a level's mean, variance and count."""
-        channels = {entry.name: entry.channels for entry in self.spec.levels}[level]
-        folder = f"{level}/stats"
-        return {
-            "mean": table_layout(f"{folder}/mean", "<f8", (channels,), ("channel",)),
-            "variance": table_layout(f"{folder}/variance", "<f8", (channels,), ("channel",)),
-            "count": table_layout(f"{folder}/count", "<i8", (), ()),
-        }
-
-    def documents(self) -> dict[str, dict[str, Any]]:
-        """Return each metadata file below the teacher's own, but for the finished statistics."""
-        groups = ["commit", *(level.name for level in self.spec.levels)]
-        arrays = [*self.features().values(), self.valid(), self.digests(), self.moments()]
-        return {
-            **{f"{group}/{METADATA}": group_document({}) for group in groups},
-            **{f"{array.path}/{METADATA}": array.document() for array in arrays},
-        }
-
-    def statistics_documents(self) -> dict[str, dict[str, Any]]:
-        """Return the metadata files that are added when the teacher is finished."""
-        documents: dict[str, dict[str, Any]] = {}
-        for level in self.spec.levels:
-            documents[f"{level.name}/stats/{METADATA}"] = group_document({})
-            for array in self.statistics(level.name).values():
-                documents[f"{array.path}/{METADATA}"] = array.document()
-        return documents

@@ -1,39 +1,95 @@
 """The shard that is being written: rows arrive in order, nothing shows until it is committed."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import Executor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import read_chunk, write_chunk
+from store.codecs import Codec, Values
 from store.files import remove_file
-from store.layout import TeacherLayout
+from store.layout import ArrayLayout
+from store.pyramid import area_average
+from store.remote import StorePath, each
 from store.shard import ShardWriter
+from store.spec import Grid
 from store.statistics import Moments
 from store.teacher import QUARANTINED, VALID
+from store.teacher_layout import TeacherLayout
+
+
+class TargetWriter:
+    """One shard of one array: encodes rows, writes them, gathers the moments of what a reader gets.
+
+    Row by row, so that neither codes nor sums depend on how rows were batched.
+    """
+
+    def __init__(
+        self,
+        folder: StorePath,
+        array: ArrayLayout,
+        shard: int,
+        codec: Codec,
+        grid: Grid | None,
+        moments: Moments | None,
+    ) -> None:
+        self.file = ShardWriter(folder, array, shard)
+        self.moments = moments
+        self._array, self._codec, self._grid = array, codec, grid
+        # A fresh array per row would cost more in page faults than the sums themselves.
+        self._scratch: NDArray[np.float64] | None = None
+        self._product: NDArray[np.float64] | None = None
+        if moments is not None and grid is not None:
+            self._scratch = np.empty((grid[0] * grid[1], len(moments.mean)))
+            if moments.comoment is not None:
+                self._product = np.empty_like(moments.comoment)
+
+    def append(self, values: Values, valid: NDArray[np.bool_]) -> None:
+        """Add rows: values (n, H, W, C) of the level, or (n, C); invalid ones become zeros."""
+        codes = np.zeros((len(values), *self._array.shape[1:]), self._array.dtype)
+        for row in np.flatnonzero(valid):
+            value = values[row]
+            codes[row] = self._codec.encode(
+                value if self._grid is None else area_average(value, self._grid)
+            )
+            if self.moments is not None and self._scratch is not None:
+                decoded = self._codec.decode(codes[row])
+                one = Moments.of(decoded, self._scratch, self._product)
+                self.moments = self.moments.merge(one)
+        self.file.append(codes)
 
 
 class PendingShard:
-    """One shard of every feature array of a teacher, under temporary names until `commit`."""
+    """One shard of every feature array of a teacher, under temporary names until `commit`.
 
-    def __init__(self, folder: Path, layout: TeacherLayout, shard: int) -> None:
+    The arrays are worked on at the same time, as many as there are threads in `pool`.
+    """
+
+    def __init__(
+        self,
+        folder: StorePath,
+        layout: TeacherLayout,
+        shard: int,
+        codecs: Mapping[str, Codec],
+        pool: Executor,
+    ) -> None:
         self._folder = folder
         self._layout = layout
+        self._pool = pool
         self.shard = shard
         self.rows = layout.shard_rows(shard)
         self.next_row = self.rows.start
         self._marks: list[NDArray[np.uint8]] = []
-        self._moments = {level.name: Moments.empty(level.channels) for level in layout.spec.levels}
-        # A fresh array per row would cost more in page faults than the sums themselves.
-        self._scratch = {
-            level.name: np.empty((level.grid[0] * level.grid[1], level.channels))
-            for level in layout.spec.levels
-        }
-        self._writers: dict[str, ShardWriter] = {}
+        self._levels = {target.name: target.level for target in layout.spec.targets}
+        grids = {target.name: target.grid for target in layout.spec.targets}
+        moments = empty_moments(layout)
+        self._writers: dict[str, TargetWriter] = {}
         try:
             for name, array in layout.features().items():
-                self._writers[name] = ShardWriter(folder, array, shard)
+                self._writers[name] = TargetWriter(
+                    folder, array, shard, codecs[name], grids.get(name), moments.get(name)
+                )
         except BaseException:
             self.discard()
             raise
@@ -43,15 +99,14 @@ class PendingShard:
         """Whether every row has arrived."""
         return self.next_row == self.rows.stop
 
-    def append(self, arrays: Mapping[str, NDArray[np.float16]], valid: NDArray[np.bool_]) -> None:
-        """Add the next rows: each array (n, ...) by level name, `valid` (n,)."""
-        for name, values in arrays.items():
-            self._writers[name].append(values)
-        for name, moments in self._moments.items():
-            # Row by row, so that the sums do not depend on how rows were batched.
-            for row in np.flatnonzero(valid):
-                moments = moments.merge(Moments.of(arrays[name][row], self._scratch[name]))
-            self._moments[name] = moments
+    def append(self, values: Mapping[str, Values], valid: NDArray[np.bool_]) -> None:
+        """Add the next rows: values (n, ...) by level name and `global`, `valid` (n,)."""
+
+        def write(name: str) -> None:
+            self._writers[name].append(values[self._levels.get(name, name)], valid)
+
+        for done in [self._pool.submit(write, name) for name in self._writers]:
+            done.result()
         self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))
         self.next_row += len(valid)
 
@@ -61,28 +116,51 @@ class PendingShard:
         layout, shard = self._layout, self.shard
         # A damaged shard that is written anew: its old mark must not vouch for new files.
         remove_file(self._folder / layout.valid().file_path(shard))
-        digests = [np.frombuffer(writer.seal(), np.uint8) for writer in self._writers.values()]
-        for writer in self._writers.values():
-            writer.place()
-        records = [moments.to_record() for moments in self._moments.values()]
+        files = [writer.file for writer in self._writers.values()]
+        digests = [
+            np.frombuffer(seal, np.uint8) for seal in self._pool.map(ShardWriter.seal, files)
+        ]
+        each(self._folder, ShardWriter.place, files)
+        every = [writer.moments for writer in self._writers.values()]
+        gathered = [moments for moments in every if moments is not None]
+        records = [moments.to_record() for moments in gathered]
         write_chunk(self._folder, layout.digests(), shard, np.stack(digests)[None])
         write_chunk(self._folder, layout.moments(), shard, np.concatenate(records, axis=1)[None])
+        if layout.covariance:
+            triangles = [moments.to_triangle() for moments in gathered]
+            write_chunk(self._folder, layout.comoments(), shard, np.concatenate(triangles)[None])
         write_chunk(self._folder, layout.valid(), shard, np.concatenate(self._marks))
 
     def discard(self) -> None:
         """Remove what was written; does nothing once committed."""
         for writer in self._writers.values():
-            writer.discard()
+            writer.file.discard()
 
 
-def merge_shards(folder: Path, layout: TeacherLayout) -> dict[str, Moments]:
-    """Return the moments of each level over all committed shards, in the order of rows."""
-    totals = {level.name: Moments.empty(level.channels) for level in layout.spec.levels}
-    for shard in range(layout.shards):
-        record = read_chunk(folder, layout.moments(), shard)[0]
-        start = 0
-        for level in layout.spec.levels:
-            part = Moments.from_record(record[:, start : start + level.channels])
-            totals[level.name] = totals[level.name].merge(part)
-            start += level.channels
+def empty_moments(layout: TeacherLayout) -> dict[str, Moments]:
+    """Return the moments of no rows by target name."""
+    return {
+        target.name: Moments.empty(target.channels, layout.covariance)
+        for target in layout.spec.targets
+    }
+
+
+def merge_shards(folder: StorePath, layout: TeacherLayout) -> dict[str, Moments]:
+    """Return the moments of each target over all committed shards, in the order of rows."""
+    totals = empty_moments(layout)
+    arrays = [array for array in layout.commits() if array.path != layout.digests().path]
+
+    def read(shard: int) -> list[NDArray[np.float64]]:
+        return [read_chunk(folder, array, shard)[0] for array in arrays]
+
+    for record, *lines in each(folder, read, range(layout.shards)):
+        line = lines[0] if lines else None
+        start, entry = 0, 0
+        for target in layout.spec.targets:
+            stop = start + target.channels
+            last = entry + target.channels * (target.channels + 1) // 2
+            triangle = None if line is None else line[entry:last]
+            part = Moments.from_record(record[:, start:stop], triangle)
+            totals[target.name] = totals[target.name].merge(part)
+            start, entry = stop, last
     return totals

@@ -1,35 +1,37 @@
 """Reads features by row, only those that were really written, checksums verified."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.calibration import FittedTarget
 from store.chunks import read_array
+from store.codecs import Codes, Values
 from store.documents import check_document
-from store.errors import StoreDamagedError, StoreError, StoreMismatchError, nearest
+from store.errors import StoreError, StoreMismatchError, nearest
+from store.growth import growth_told, refuse_grown
 from store.layout import METADATA, ArrayLayout
-from store.shard import ShardReader
-from store.spec import ImageTable, TeacherSpec, ViewTable, canonical_json
+from store.remote import StorePath, locate
+from store.spec import Grid, ImageTable, TeacherSpec, ViewTable, canonical_json
 from store.statistics import Statistics
+from store.stored_codecs import read_codec
+from store.stored_rows import StoredRows
 from store.tables import read_images, read_root, read_views
+from store.targets import find_array, find_level, level_names
 from store.teacher import (
     VALID,
     TeacherRecord,
     is_earlier,
-    is_teacher,
     read_marks,
     read_record,
     refuse_unusable,
+    teacher_folders,
 )
-
-_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
 
 
 class FeatureStore:
@@ -44,19 +46,16 @@ class FeatureStore:
         StoreDamagedError: its metadata contradicts its files.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | StorePath) -> None:
+        self.path = locate(path)
         self._root = read_root(self.path)
-        self._records = {
-            folder.name: read_record(folder)
-            for folder in sorted(self.path.iterdir())
-            if is_teacher(folder)
-        }
-        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._records = {folder.name: read_record(folder) for folder in teacher_folders(self.path)}
+        self._rows = StoredRows(self.path)
         self._layouts: dict[tuple[str, str], ArrayLayout] = {}
+        self._codecs: dict[tuple[str, str], FittedTarget | None] = {}
         self._marks: dict[str, NDArray[np.uint8]] = {}
 
-    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path]]:
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[StorePath]]:
         return type(self), (self.path,)
 
     @property
@@ -67,14 +66,18 @@ class FeatureStore:
     @cached_property
     def images(self) -> ImageTable:
         """The images, in order."""
-        self._refuse_grown()
-        return read_images(self.path)
+        with growth_told(self.path, self._root):
+            images = read_images(self.path)
+        refuse_grown(self.path, self._root)  # sound tables may be those of now
+        return images
 
     @cached_property
     def views(self) -> ViewTable:
         """The view of every row."""
-        self._refuse_grown()
-        return read_views(self.path)
+        with growth_told(self.path, self._root):
+            views = read_views(self.path)
+        refuse_grown(self.path, self._root)
+        return views
 
     @cached_property
     def _image_rows(self) -> dict[str, int]:
@@ -108,8 +111,13 @@ class FeatureStore:
         Name the teachers that were used, and adding another does not change the digest.
         """
         names = sorted(self.teachers if teachers is None else set(teachers))
-        prints = {name: self._record(name).spec.fingerprint() for name in names}
-        parts = [self._root.images_digest, self._root.views_digest, prints]
+        records = {name: self._record(name) for name in names}
+        prints = {name: record.spec.fingerprint() for name, record in records.items()}
+        codecs = {
+            name: {target: stored.digest for target, stored in record.codecs.items()}
+            for name, record in records.items()
+        }
+        parts = [self._root.images_digest, self._root.views_digest, prints, codecs]
         return sha256(canonical_json(parts).encode()).hexdigest()
 
     def require(
@@ -167,68 +175,115 @@ class FeatureStore:
         return np.equal(marks, VALID)
 
     def read(
-        self, teacher: str, level: str, rows: Sequence[int] | NDArray[np.integer[Any]]
-    ) -> NDArray[np.float16]:
+        self,
+        teacher: str,
+        level: str,
+        rows: Sequence[int] | NDArray[np.integer[Any]],
+        resolution: Grid | None = None,
+    ) -> Values:
         """Return (n, H, W, C) of a level, or (n, C) of `global`, in the order of `rows`.
 
+        `resolution` is one of `grids`, the finest where left out. float16 where floats are stored
+        as such, otherwise decoded to float32.
+
         Raises:
-            StoreError: unknown teacher, level or row, or a row that is quarantined.
+            StoreError: unknown teacher, level, resolution or row, or a row that is quarantined.
             UnfinishedStoreError: the teacher is not finished.
             StoreDamagedError: a checksum does not match.
         """
-        layout = self.array(teacher, level)
+        codes = self.read_codes(teacher, level, rows, resolution)
+        fitted = self.codec(teacher, level, resolution)
+        if fitted is None or not len(codes):
+            return codes
+        return np.stack([fitted.codec.decode(row) for row in codes])
+
+    def read_codes(
+        self,
+        teacher: str,
+        level: str,
+        rows: Sequence[int] | NDArray[np.integer[Any]],
+        resolution: Grid | None = None,
+    ) -> Codes:
+        """Return what is stored of `rows`, which `codec` decodes; see `read`."""
+        layout = self.array(teacher, level, resolution)
         wanted = np.asarray(rows, np.int64)
         self._refuse_rows(teacher, wanted)
-        out: NDArray[np.float16] | None = None
-        for position, row in enumerate(wanted.tolist()):
-            number, slot = divmod(row, layout.chunk[0])
-            shard = self._shard(teacher, level, number)
-            if out is None:  # only now is it known that the file is as large as the metadata says
-                out = np.empty((len(wanted), *layout.shape[1:]), "<f2")
-            shard.read_into(slot, out[position])
-        return np.empty((0, *layout.shape[1:]), "<f2") if out is None else out
+        with growth_told(self.path / teacher, self._records[teacher]):
+            return self._rows.read(teacher, layout, wanted.tolist())
 
     def levels(self, teacher: str) -> tuple[str, ...]:
         """Return the names that `read` knows: the levels, then `global` where there is one."""
-        return tuple(self._record(teacher).layout.features())
+        return level_names(self._record(teacher).spec)
 
-    def array(self, teacher: str, level: str) -> ArrayLayout:
-        """Return where a level's array lies and its extents, its metadata checked.
-
-        Raises:
-            StoreError: unknown teacher or level.
-            UnfinishedStoreError: the teacher is not finished.
-            StoreDamagedError: the metadata is not what the teacher's specification says.
-        """
-        if (teacher, level) not in self._layouts:
-            features = self._record(teacher).layout.features()
-            if level not in features:
-                hint = nearest(level, features)
-                raise StoreError(f"teacher {teacher!r} has no level {level!r}: {hint}")
-            layout = features[level]
-            with self._growth_told(teacher):
-                check_document(self.path / teacher / layout.path / METADATA, layout.document())
-            self._layouts[teacher, level] = layout
-        return self._layouts[teacher, level]
-
-    def statistics(self, teacher: str, level: str) -> Statistics:
-        """Return mean and variance per channel over the tokens of all valid rows.
+    def grids(self, teacher: str, level: str) -> tuple[Grid, ...]:
+        """Return the grids (H, W) that a level is stored at, finest first.
 
         Raises:
             StoreError: unknown teacher or level, or `global`, which has none.
         """
+        return find_level(self._record(teacher).spec, level).stored
+
+    def codec(
+        self, teacher: str, level: str, resolution: Grid | None = None
+    ) -> FittedTarget | None:
+        """Return what decodes `read_codes` and what it loses, None where floats are stored.
+
+        Raises:
+            StoreError: see `read`.
+            StoreDamagedError: its arrays are not those written with the teacher.
+        """
         record = self._record(teacher)
-        names = [entry.name for entry in record.spec.levels]
-        if level not in names:
-            raise StoreError(
-                f"teacher {teacher!r} has no statistics of {level!r}: {nearest(level, names)}"
+        name = find_array(record.spec, level, resolution)
+        if (teacher, name) not in self._codecs:
+            target = next((one for one in record.spec.targets if one.name == name), None)
+            stored = record.codecs.get(name)
+            self._codecs[teacher, name] = (
+                None
+                if stored is None or target is None
+                else read_codec(self.path / teacher, target, stored)
             )
+        return self._codecs[teacher, name]
+
+    def array(self, teacher: str, level: str, resolution: Grid | None = None) -> ArrayLayout:
+        """Return where a level's array lies and its extents, its metadata checked.
+
+        Raises:
+            StoreError: unknown teacher, level or resolution.
+            UnfinishedStoreError: the teacher is not finished.
+            StoreDamagedError: the metadata is not what the teacher's specification says.
+        """
+        record = self._record(teacher)
+        name = find_array(record.spec, level, resolution)
+        if (teacher, name) not in self._layouts:
+            layout = record.layout.features()[name]
+            with growth_told(self.path / teacher, record):
+                check_document(self.path / teacher / layout.path / METADATA, layout.document())
+            self._layouts[teacher, name] = layout
+        return self._layouts[teacher, name]
+
+    def statistics(self, teacher: str, level: str, resolution: Grid | None = None) -> Statistics:
+        """Return mean and variance per channel over the tokens of all valid rows, as read.
+
+        The covariance of the channels comes with them where the teacher was extracted with it.
+
+        Raises:
+            StoreError: unknown teacher, level or resolution, or `global`, which has none.
+        """
+        record = self._record(teacher)
+        targets = find_level(record.spec, level).targets
+        name = find_array(record.spec, level, resolution)
+        target = next(one for one in targets if one.name == name)
         parts = {
-            name: read_array(self.path / teacher, layout)
-            for name, layout in record.layout.statistics(level).items()
+            key: read_array(self.path / teacher, layout)
+            for key, layout in record.layout.statistics(target).items()
         }
-        self._refuse_grown(teacher)  # these files have no rows that would show it
-        return Statistics(count=int(parts["count"]), mean=parts["mean"], variance=parts["variance"])
+        refuse_grown(self.path / teacher, record)  # these files have no rows that would show it
+        return Statistics(
+            count=int(parts["count"]),
+            mean=parts["mean"],
+            variance=parts["variance"],
+            covariance=parts.get("covariance"),
+        )
 
     def _record(self, teacher: str) -> TeacherRecord:
         record = self._records.get(teacher)
@@ -238,36 +293,12 @@ class FeatureStore:
         refuse_unusable(self.path / teacher, record, self._root)
         return record
 
-    def _open_shard(self, teacher: str, level: str, number: int) -> ShardReader:
-        layout = self.array(teacher, level)
-        with self._growth_told(teacher):
-            return ShardReader(self.path / teacher, layout, number)
-
     def _row_marks(self, teacher: str) -> NDArray[np.uint8]:
         if teacher not in self._marks:
-            layout = self._record(teacher).layout
-            with self._growth_told(teacher):
-                self._marks[teacher] = read_marks(self.path / teacher, layout)
+            record = self._record(teacher)
+            with growth_told(self.path / teacher, record):
+                self._marks[teacher] = read_marks(self.path / teacher, record.layout)
         return self._marks[teacher]
-
-    @contextmanager
-    def _growth_told(self, teacher: str) -> Iterator[None]:
-        """Files that another process made longer meanwhile look damaged, but are not."""
-        try:
-            yield
-        except StoreDamagedError:
-            self._refuse_grown(teacher)
-            raise
-
-    def _refuse_grown(self, teacher: str | None = None) -> None:
-        same = read_root(self.path) == self._root
-        if teacher is not None:
-            same = read_record(self.path / teacher) == self._records[teacher]
-        if not same:
-            raise StoreMismatchError(
-                f"{self.path / (teacher or '')} has changed since it was opened, as it does when "
-                "images are added; open it again, after `sak extract-teachers`"
-            )
 
     def _refuse_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
         outside = rows[(rows < 0) | (rows >= self.rows)]

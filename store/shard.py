@@ -14,25 +14,22 @@ from numpy.typing import NDArray
 
 from store.chunks import checksum
 from store.errors import StoreDamagedError
-from store.files import partial_path, sync_folder, write_fully
 from store.layout import CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
+from store.remote import StorePath
+from store.streams import new_file
 
 _EMPTY = np.iinfo(np.uint64).max
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name; memory is one batch, whatever the shard's size."""
+    """Writes one shard that nobody sees until placed; memory does not grow with its size."""
 
-    def __init__(self, folder: Path, layout: ArrayLayout, number: int) -> None:
-        self._path = folder / layout.file_path(number)
+    def __init__(self, folder: StorePath, layout: ArrayLayout, number: int) -> None:
         self._slots = layout.chunk[0]
         self._record_bytes = layout.row_bytes + CHECKSUM_BYTES
         self._rows = 0
         self._hash = hashlib.sha256()
-        self._partial = partial_path(self._path)
-        self._descriptor: int | None = os.open(
-            self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666
-        )
+        self._file = new_file(folder / layout.file_path(number))
 
     def append(self, values: NDArray[np.float16]) -> None:
         """Write rows (n, ...) behind those already written."""
@@ -51,30 +48,20 @@ class ShardWriter:
         index[: self._rows, 1] = self._record_bytes
         data = index.tobytes()
         self._write(data + checksum(data))
-        assert self._descriptor is not None
-        os.fsync(self._descriptor)
-        self._close()
+        self._file.sync()
         return self._hash.digest()
 
     def place(self) -> None:
         """Give the sealed file its final name."""
-        self._partial.replace(self._path)
-        sync_folder(self._path.parent)
+        self._file.place()
 
     def discard(self) -> None:
-        """Remove the temporary file; does nothing once placed."""
-        self._close()
-        self._partial.unlink(missing_ok=True)
+        """Remove what was written; does nothing once placed."""
+        self._file.discard()
 
     def _write(self, data: bytes | memoryview) -> None:
-        assert self._descriptor is not None
-        write_fully(self._descriptor, data)
+        self._file.write(data)
         self._hash.update(data)
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 class ShardReader:
@@ -94,8 +81,11 @@ class ShardReader:
             raise StoreDamagedError(f"{self._path} is missing from the store") from error
         size, expected = os.fstat(self._descriptor).st_size, layout.file_bytes(number)
         if size != expected:  # before reading, so that no document can make us allocate
-            raise self._damaged(f"it should have {expected} bytes, it has {size}")
-        self._offsets = self._read_index(layout.chunk[0], layout.file_rows(number), size)
+            raise damaged_shard(self._path, f"it should have {expected} bytes, it has {size}")
+        start, length = index_range(layout, number)
+        self._offsets = read_index(
+            self._path, layout, number, os.pread(self._descriptor, length, start)
+        )
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -110,23 +100,36 @@ class ShardReader:
         found = bytearray(CHECKSUM_BYTES)
         count = os.preadv(self._descriptor, [row.data, found], int(self._offsets[slot]))
         if count != self._record_bytes or checksum(row) != found:
-            raise self._damaged(f"the checksum of its entry {slot} does not match")
+            raise damaged_shard(self._path, f"the checksum of its entry {slot} does not match")
 
-    def _read_index(self, slots: int, rows: int, size: int) -> NDArray[np.uint64]:
-        length = slots * INDEX_ENTRY_BYTES
-        start = size - length - CHECKSUM_BYTES
-        data = os.pread(self._descriptor, length + CHECKSUM_BYTES, start)
-        if checksum(data[:length]) != data[length:]:
-            raise self._damaged("the checksum of its index does not match")
-        index = np.frombuffer(data, "<u8", count=2 * slots).reshape(slots, 2)[:rows]
-        if np.any(index[:, 1] != self._record_bytes) or np.any(
-            index[:, 0] > start - self._record_bytes
-        ):
-            raise self._damaged("its index points outside the rows")
-        return index[:, 0]
 
-    def _damaged(self, reason: str) -> StoreDamagedError:
-        return StoreDamagedError(
-            f"{self._path} is damaged: {reason}; delete this file and run "
-            "`sak extract-teachers` again, which computes only this shard anew"
-        )
+def index_range(layout: ArrayLayout, number: int) -> tuple[int, int]:
+    """Return where the index of a shard begins and how long it is, its checksum included."""
+    length = layout.chunk[0] * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+    return layout.file_bytes(number) - length, length
+
+
+def read_index(
+    path: StorePath, layout: ArrayLayout, number: int, data: bytes
+) -> NDArray[np.uint64]:
+    """Return the offset of each row of a shard, from the bytes of its index.
+
+    Raises:
+        StoreDamagedError: the index is damaged.
+    """
+    start, length = index_range(layout, number)
+    record_bytes = layout.row_bytes + CHECKSUM_BYTES
+    if len(data) != length or checksum(data[:-CHECKSUM_BYTES]) != data[-CHECKSUM_BYTES:]:
+        raise damaged_shard(path, "the checksum of its index does not match")
+    index = np.frombuffer(data[:-CHECKSUM_BYTES], "<u8").reshape(-1, 2)[: layout.file_rows(number)]
+    if np.any(index[:, 1] != record_bytes) or np.any(index[:, 0] > start - record_bytes):
+        raise damaged_shard(path, "its index points outside the rows")
+    return index[:, 0]
+
+
+def damaged_shard(path: StorePath, reason: str) -> StoreDamagedError:
+    """Return the error for a shard file that cannot be trusted."""
+    return StoreDamagedError(
+        f"{path} is damaged: {reason}; delete this file and run "
+        "`sak extract-teachers` again, which computes only this shard anew"
+    )

@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from store.codecs import parse_codec
 from store.errors import StoreError, StoreFormatError
 
 Value = TypeVar("Value")
+Grid = tuple[int, int]
 
 FORMAT = "sak-features"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GLOBAL = "global"
 """Name of the array that holds a teacher's pooled output."""
 
@@ -175,23 +177,72 @@ class ViewTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A level at one of its resolutions: `grid` (H, W) tokens of `channels` values."""
+
+    level: str
+    grid: Grid
+    channels: int
+    resolution: str
+
+    @property
+    def name(self) -> str:
+        """The path of its array below the teacher: level and resolution."""
+        return f"{self.level}/{self.resolution}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LevelSpec:
-    """The output of one tapped block or stage: `grid` is (H, W) tokens of `channels` values."""
+    """The output of one tapped block or stage: `grid` is (H, W) tokens of `channels` values.
+
+    `stored` are the grids it is kept at, finest first: its own, or smaller ones that it is
+    area-averaged to; left out, its own alone.
+    """
 
     name: str
-    grid: tuple[int, int]
+    grid: Grid
     channels: int
+    stored: tuple[Grid, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name("level", self.name, _RESERVED_LEVELS)
         for side in self.grid:
             _check_count(f"grid of level {self.name!r}", side)
         _check_count(f"channels of level {self.name!r}", self.channels)
+        object.__setattr__(self, "stored", self.stored or (self.grid,))
+        for grid in self.stored:
+            for side, whole in zip(grid, self.grid, strict=True):
+                _check_count(f"stored grid of level {self.name!r}", side)
+                if side > whole:
+                    raise StoreError(
+                        f"level {self.name!r} has a grid of {self.grid}, it cannot be stored at "
+                        f"{grid}; ask for smaller resolutions"
+                    )
+        if list(self.stored) != sorted(set(self.stored), reverse=True):
+            raise StoreError(
+                f"level {self.name!r}: stored grids must differ, finest first: {self.stored}"
+            )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What is stored of the level, finest first."""
+        return tuple(
+            Target(
+                level=self.name,
+                grid=grid,
+                channels=self.channels,
+                resolution="native" if grid == self.grid else f"{grid[0]}x{grid[1]}",
+            )
+            for grid in self.stored
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSpec:
     """What a teacher writes, and everything that decides its values (`provenance`, plain JSON).
+
+    `codec` is how its levels are stored, see `store.codecs`; the pooled output is float32 where
+    that says so, else float16.
 
     Raises:
         StoreError: a bad or repeated name, no levels, or provenance that JSON cannot hold.
@@ -201,9 +252,11 @@ class TeacherSpec:
     levels: tuple[LevelSpec, ...]
     global_channels: int | None = None
     provenance: Mapping[str, Any]
+    codec: str = "float16"
 
     def __post_init__(self) -> None:
         _check_name("teacher", self.name, _RESERVED_TEACHERS)
+        parse_codec(self.codec)
         names = [level.name for level in self.levels]
         if not names or len(set(names)) != len(names):
             raise StoreError(f"teacher {self.name!r} needs levels of different names, got {names}")
@@ -212,8 +265,13 @@ class TeacherSpec:
         # What is compared later has been through JSON, so tuples must become lists here too.
         object.__setattr__(self, "provenance", json.loads(canonical_json(dict(self.provenance))))
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Every level at every resolution that is stored."""
+        return tuple(target for level in self.levels for target in level.targets)
+
     def fingerprint(self) -> str:
-        """Return a SHA-256 in hexadecimal of the name, the levels and the provenance."""
+        """Return a SHA-256 in hexadecimal of name, levels, codec and provenance."""
         return hashlib.sha256(canonical_json(self.to_attributes()).encode()).hexdigest()
 
     def to_attributes(self) -> dict[str, Any]:
@@ -221,9 +279,15 @@ class TeacherSpec:
         return {
             "name": self.name,
             "levels": [
-                {"name": level.name, "grid": list(level.grid), "channels": level.channels}
+                {
+                    "name": level.name,
+                    "grid": list(level.grid),
+                    "channels": level.channels,
+                    "stored": [list(grid) for grid in level.stored],
+                }
                 for level in self.levels
             ],
+            "codec": self.codec,
             "global_channels": self.global_channels,
             "provenance": dict(self.provenance),
         }
@@ -241,6 +305,7 @@ class TeacherSpec:
                     name=_typed(level["name"], str),
                     grid=_pair(level["grid"]),
                     channels=_typed(level["channels"], int),
+                    stored=tuple(_pair(grid) for grid in _typed(level["stored"], list)),
                 )
                 for level in _typed(attributes["levels"], list)
             )
@@ -249,6 +314,7 @@ class TeacherSpec:
                 name=_typed(attributes["name"], str),
                 levels=levels,
                 global_channels=None if channels is None else _typed(channels, int),
+                codec=_typed(attributes["codec"], str),
                 provenance=_typed(attributes["provenance"], dict),
             )
         except (KeyError, TypeError, ValueError) as error:

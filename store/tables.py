@@ -1,7 +1,6 @@
 """The root of a store and its tables of images and views."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from store.errors import (
 )
 from store.files import ready_path
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
+from store.remote import StorePath
 from store.spec import FORMAT, FORMAT_VERSION, ImageTable, ViewTable
 
 _SHA256_BYTES = 32
@@ -49,7 +49,7 @@ class RootRecord:
         }
 
 
-def read_root(path: Path) -> RootRecord:
+def read_root(path: StorePath) -> RootRecord:
     """Return what the store says about itself.
 
     Raises:
@@ -82,7 +82,7 @@ def read_root(path: Path) -> RootRecord:
     return record
 
 
-def write_tables(folder: Path, images: ImageTable, views: ViewTable) -> None:
+def write_tables(folder: StorePath, images: ImageTable, views: ViewTable) -> None:
     """Write `images/` and `views/` below a folder that nobody reads yet."""
     hashes = "".join(digest or "0" * 2 * _SHA256_BYTES for digest in images.sha256)
     columns = {
@@ -92,12 +92,15 @@ def write_tables(folder: Path, images: ImageTable, views: ViewTable) -> None:
         "width": np.asarray(images.widths, "<i4"),
         "status": _encode_text(images.statuses),
     }
+    for group in (
+        "images",
+        "views",
+    ):  # first, so that on object storage a torn one is known as such
+        write_document(folder / group / METADATA, group_document({}))
     for name, values in columns.items():
         write_array(folder, _column("images", name, values.shape), values)
     for name, values in (("box", views.boxes), ("flip", views.flips), ("seed", views.seeds)):
         write_array(folder, _column("views", name, values.shape), values)
-    for group in ("images", "views"):
-        write_document(folder / group / METADATA, group_document({}))
 
 
 _DTYPES = {
@@ -124,7 +127,7 @@ def _encode_text(texts: tuple[str, ...]) -> NDArray[np.uint8]:
     return encoded.view(np.uint8).reshape(len(texts), encoded.itemsize)
 
 
-def _read_text(folder: Path, name: str, rows: int) -> tuple[str, ...]:
+def _read_text(folder: StorePath, name: str, rows: int) -> tuple[str, ...]:
     path = folder / "images" / name / METADATA
     shape = load_document(path).get("shape")
     width = shape[-1] if isinstance(shape, list) and shape else None
@@ -138,7 +141,7 @@ def _read_text(folder: Path, name: str, rows: int) -> tuple[str, ...]:
         raise StoreDamagedError(f"{path.parent} holds no UTF-8 text: {error}") from error
 
 
-def read_images(path: Path) -> ImageTable:
+def read_images(path: StorePath) -> ImageTable:
     """Return the images of a store.
 
     Raises:
@@ -163,7 +166,7 @@ def read_images(path: Path) -> ImageTable:
     return table
 
 
-def read_views(path: Path) -> ViewTable:
+def read_views(path: StorePath) -> ViewTable:
     """Return the views of a store.
 
     Raises:

@@ -1,14 +1,14 @@
 """A teacher's folder: its own description, which shards are committed, which rows are valid."""
 
-import shutil
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import read_chunk
+from store.codecs import parse_codec
 from store.documents import (
     check_document,
     load_document,
@@ -23,10 +23,13 @@ from store.errors import (
     UnfinishedStoreError,
     difference,
 )
-from store.files import remove_partials
-from store.layout import METADATA, TeacherLayout, group_document
+from store.files import remove_partials, remove_tree
+from store.layout import METADATA, group_document
+from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
+from store.stored_codecs import Calibrate, calibrate_codecs, read_stored_codecs
 from store.tables import RootRecord, read_images, read_root, read_views
+from store.teacher_layout import StoredCodec, TeacherLayout, with_rows_per_shard
 
 UNWRITTEN, VALID, QUARANTINED = 0, 1, 2
 """Values of a teacher's `valid` array."""
@@ -42,11 +45,21 @@ class TeacherRecord:
     images_digest: str
     views_digest: str
     finished: bool
+    covariance: bool = False
+    """Whether covariances are gathered; no part of the fingerprint, for it changes no feature."""
+    codecs: Mapping[str, StoredCodec] = field(default_factory=dict)
+    """The fitted codec of each target by name; empty where floats are stored."""
 
     @property
     def layout(self) -> TeacherLayout:
         """The arrays below the folder."""
-        return TeacherLayout(spec=self.spec, rows=self.rows, rows_per_shard=self.rows_per_shard)
+        return TeacherLayout(
+            spec=self.spec,
+            rows=self.rows,
+            rows_per_shard=self.rows_per_shard,
+            covariance=self.covariance,
+            codecs=self.codecs,
+        )
 
     def belongs_to(self, root: RootRecord) -> bool:
         """Return whether the teacher saw the images and views that the store lists now."""
@@ -69,10 +82,12 @@ class TeacherRecord:
             "images_digest": self.images_digest,
             "views_digest": self.views_digest,
             "finished": self.finished,
+            "covariance": self.covariance,
+            "codecs": {name: codec.to_attributes() for name, codec in self.codecs.items()},
         }
 
 
-def is_teacher(folder: Path) -> bool:
+def is_teacher(folder: StorePath) -> bool:
     """Return whether a folder of a store holds a teacher, finished or begun."""
     if folder.name.startswith(".") or not (folder / METADATA).is_file():
         return False
@@ -80,7 +95,13 @@ def is_teacher(folder: Path) -> bool:
     return isinstance(attributes, dict) and attributes.get("kind") == "teacher"
 
 
-def read_record(folder: Path) -> TeacherRecord:
+def teacher_folders(path: StorePath) -> list[StorePath]:
+    """Return the folders of a store's teachers, by name."""
+    folders = [folder for folder in path.iterdir() if is_teacher(folder)]
+    return sorted(folders, key=lambda folder: folder.name)
+
+
+def read_record(folder: StorePath) -> TeacherRecord:
     """Return what a teacher's folder says about itself, after checking that it hangs together.
 
     Raises:
@@ -92,23 +113,30 @@ def read_record(folder: Path) -> TeacherRecord:
     spec = attributes.get("spec")
     try:
         record = TeacherRecord(
+            codecs=read_stored_codecs(attributes.get("codecs")),
             spec=TeacherSpec.from_attributes(spec if isinstance(spec, dict) else {}),
             rows=read_count(attributes, "rows"),
             rows_per_shard=read_count(attributes, "rows_per_shard"),
             images_digest=str(attributes.get("images_digest")),
             views_digest=str(attributes.get("views_digest")),
             finished=attributes.get("finished") is True,
+            covariance=attributes.get("covariance") is True,
         )
     except StoreError as error:
         raise StoreDamagedError(f"{path} is damaged: {error}") from error
     wrong = [key for key, value in record.to_attributes().items() if attributes.get(key) != value]
+    targets = {target.name for target in record.spec.targets}
+    if not wrong and record.codecs.keys() != (
+        set() if parse_codec(record.spec.codec).is_float else targets
+    ):
+        wrong = ["codecs"]
     if wrong or record.spec.name != folder.name:
         detail = ", ".join(wrong) or f"it describes teacher {record.spec.name!r}"
         raise StoreDamagedError(f"{path} contradicts itself ({detail}); delete {folder}")
     return record
 
 
-def is_earlier(path: Path, record: TeacherRecord) -> bool:
+def is_earlier(path: StorePath, record: TeacherRecord) -> bool:
     """Return whether a teacher was begun before images were added to the store at `path`.
 
     Then its rows are the store's first, and only those behind them are missing.
@@ -121,32 +149,48 @@ def is_earlier(path: Path, record: TeacherRecord) -> bool:
     return (images.digest(), views.digest()) == (record.images_digest, record.views_digest)
 
 
-def begin_teacher(folder: Path, asked: TeacherRecord) -> TeacherRecord:
+def begin_teacher(
+    folder: StorePath, asked: TeacherRecord, shard_bytes: int, calibrate: Calibrate | None
+) -> TeacherRecord:
     """Return the record to go on with, its metadata files in place; only the lock's holder may.
 
-    A teacher that is earlier than the images grows: its short last shard is of the wrong size and
-    has unwritten marks from then on, so it is asked for again; whole shards are not touched.
+    A teacher that is not there yet is cut into shards of `shard_bytes` and, where its codec needs
+    it, calibrated by `calibrate`. One that is earlier than the images grows: its short last shard
+    is of the wrong size and has unwritten marks from then on, so it is asked for again; whole
+    shards are not touched, and its codecs stay.
 
     Raises:
         StoreMismatchError: the folder holds something else than asked for.
+        StoreError: a codec has to be fitted, and there is no `calibrate`.
     """
-    record = asked
     if (folder / METADATA).exists():
         record = _continued(folder, read_record(folder), asked)
         write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
-        shutil.rmtree(folder / record.layout.valid().path, ignore_errors=True)
+        remove_tree(folder / "valid")
+        write_document(folder / "commit" / METADATA, group_document({}))  # what `gc` knows it by
+        record = replace(asked, codecs=calibrate_codecs(folder, asked.spec, calibrate))
+        layout = with_rows_per_shard(record.layout, shard_bytes)
+        record = replace(record, rows_per_shard=layout.rows_per_shard)
     remove_partials(folder)
-    for path, document in record.layout.documents().items():
-        write_document(folder / path, document)
+    documents = record.layout.documents()
+    each(folder, lambda path: write_document(folder / path, documents[path]), documents)
     write_record(folder, record)
     return record
 
 
-def _continued(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> TeacherRecord:
-    # How it is cut and how far it got are no difference: a resumed teacher keeps both.
-    same = replace(asked, rows_per_shard=stored.rows_per_shard, finished=stored.finished)
-    if stored.spec == asked.spec and is_earlier(folder.parent, stored):
+def _continued(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -> TeacherRecord:
+    # How it is cut, what its codecs were fitted to and how far it got are no difference, nor are
+    # covariances beyond what is asked for: a resumed teacher keeps them.
+    same = replace(
+        asked,
+        rows_per_shard=stored.rows_per_shard,
+        finished=stored.finished,
+        codecs=stored.codecs,
+        covariance=asked.covariance or stored.covariance,
+    )
+    kept = (stored.spec, stored.covariance) == (same.spec, same.covariance)
+    if kept and is_earlier(folder.parent, stored):
         return replace(same, finished=False)
     if stored != same:
         lines = difference(stored.to_attributes(), same.to_attributes())
@@ -158,7 +202,7 @@ def _continued(folder: Path, stored: TeacherRecord, asked: TeacherRecord) -> Tea
     return stored
 
 
-def refuse_unusable(folder: Path, record: TeacherRecord, root: RootRecord) -> None:
+def refuse_unusable(folder: StorePath, record: TeacherRecord, root: RootRecord) -> None:
     """Refuse to read a teacher of other images, or one that is not finished.
 
     Raises:
@@ -185,12 +229,12 @@ def refuse_unusable(folder: Path, record: TeacherRecord, root: RootRecord) -> No
         )
 
 
-def write_record(folder: Path, record: TeacherRecord) -> None:
+def write_record(folder: StorePath, record: TeacherRecord) -> None:
     """Place a teacher's description, atomically."""
     write_document(folder / METADATA, group_document(record.to_attributes()))
 
 
-def is_committed(folder: Path, layout: TeacherLayout, shard: int) -> bool:
+def is_committed(folder: StorePath, layout: TeacherLayout, shard: int) -> bool:
     """Return whether a shard's commit mark is there and its files have their full size."""
     try:
         marks = read_chunk(folder, layout.valid(), shard)
@@ -198,19 +242,21 @@ def is_committed(folder: Path, layout: TeacherLayout, shard: int) -> bool:
             (folder / array.file_path(shard)).stat().st_size == array.file_bytes(shard)
             for array in layout.features().values()
         ]
-        read_chunk(folder, layout.digests(), shard)
-        read_chunk(folder, layout.moments(), shard)
+        for array in layout.commits():
+            read_chunk(folder, array, shard)
     except (FileNotFoundError, StoreDamagedError):
         return False
     return all(sizes) and bool(np.all(marks != UNWRITTEN))
 
 
-def missing_shards(folder: Path, layout: TeacherLayout) -> list[int]:
+def missing_shards(folder: StorePath, layout: TeacherLayout) -> list[int]:
     """Return the shards that are not committed, in order."""
-    return [shard for shard in range(layout.shards) if not is_committed(folder, layout, shard)]
+    shards = range(layout.shards)
+    committed = each(folder, lambda shard: is_committed(folder, layout, shard), shards)
+    return [shard for shard in shards if not committed[shard]]
 
 
-def read_marks(folder: Path, layout: TeacherLayout) -> NDArray[np.uint8]:
+def read_marks(folder: StorePath, layout: TeacherLayout) -> NDArray[np.uint8]:
     """Return the mark of every row of a finished teacher: `VALID` or `QUARANTINED`.
 
     Raises:
@@ -218,7 +264,8 @@ def read_marks(folder: Path, layout: TeacherLayout) -> NDArray[np.uint8]:
     """
     array = layout.valid()
     check_document(folder / array.path / METADATA, array.document())
-    marks = np.concatenate([read_chunk(folder, array, number) for number in range(array.files)])
+    chunks = each(folder, lambda number: read_chunk(folder, array, number), range(array.files))
+    marks = np.concatenate(chunks)
     if not np.isin(marks, (VALID, QUARANTINED)).all():
         raise StoreDamagedError(f"{folder / array.path} marks rows of a finished store unwritten")
     return marks

@@ -1,13 +1,13 @@
 """Small stores for tests, of this package and of whatever reads or writes one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.create import create_store
+from store.remote import StorePath
 from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
 from store.writer import FeatureWriter
 
@@ -83,18 +83,20 @@ def write_rows(
 
 
 def write_store(
-    path: Path,
+    path: str | StorePath,
     images: ImageTable,
     spec: TeacherSpec,
     *,
     rows_per_shard: int = 4,
     views_per_image: int = 1,
+    covariance: bool = False,
 ) -> None:
     """Write a whole store with one finished teacher; quarantined images have no features."""
     rows = len(images) * views_per_image
     create_store(path, images, sample_views(rows, views_per_image))
     valid = np.repeat([status == "ok" for status in images.statuses], views_per_image)
-    with FeatureWriter.open(path, spec, sample_shard_bytes(spec, rows_per_shard)) as writer:
+    size = sample_shard_bytes(spec, rows_per_shard)
+    with FeatureWriter.open(path, spec, size, covariance=covariance) as writer:
         for shard in writer.missing():
             write_rows(writer, spec, shard, valid)
         writer.finish()

@@ -2,25 +2,27 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import write_array
-from store.codecs import encode_float16
+from store.codecs import FLOAT16_MAX, FLOATS, Codec, FloatCodec, Values
 from store.create import create_store
 from store.documents import write_document
 from store.errors import StoreError, UnfinishedStoreError
-from store.files import FolderLock, full_disk_refused
-from store.layout import default_rows_per_shard
+from store.files import Lock, full_disk_refused, lock_folder, make_folder
 from store.pending import PendingShard, merge_shards
+from store.remote import StorePath, locate
 from store.spec import GLOBAL, TeacherSpec
+from store.stored_codecs import Calibrate, read_codec
 from store.tables import read_root
 from store.teacher import TeacherRecord, begin_teacher, missing_shards, write_record
+from store.values import check_values
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
 
@@ -36,47 +38,64 @@ class FeatureWriter:
     committed survives anything, what is not is asked for again.
     """
 
-    def __init__(self, folder: Path, record: TeacherRecord, lock: FolderLock) -> None:
+    def __init__(self, folder: StorePath, record: TeacherRecord, lock: Lock) -> None:
         self._folder = folder
         self._record = record
         self._layout = record.layout
         self._lock = lock
+        self._codecs = _codecs(folder, record)
         self._missing = missing_shards(folder, self._layout)
+        self._pool = ThreadPoolExecutor(os.cpu_count())
         self._pending: PendingShard | None = None
 
     @classmethod
     def open(
-        cls, path: str | Path, teacher: TeacherSpec, shard_bytes: int = DEFAULT_SHARD_BYTES
+        cls,
+        path: str | StorePath,
+        teacher: TeacherSpec,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        covariance: bool = False,
+        calibrate: Calibrate | None = None,
     ) -> "FeatureWriter":
         """Begin or resume a teacher in a store made by `create_store`.
 
-        `shard_bytes` bounds the size of the largest level's shard files; a teacher that is resumed
-        keeps the rows per shard it was begun with.
+        `shard_bytes` bounds the size of the largest array's shard files; `covariance` gathers the
+        covariance of each level's channels too; `calibrate` is called where the teacher's codec
+        has to be fitted first. A teacher that is resumed keeps the rows per shard, the covariances
+        and the codecs it was begun with.
 
         Raises:
             StoreLockedError: another writer holds the teacher.
             StoreMismatchError: the teacher is there with another specification, or of other images.
             StoreError: there is no store, or no space.
         """
-        path = Path(path).absolute()
+        path = locate(path)
         root = read_root(path)
         asked = TeacherRecord(
             spec=teacher,
             rows=root.rows,
-            rows_per_shard=default_rows_per_shard(teacher, shard_bytes),
+            rows_per_shard=1,
             images_digest=root.images_digest,
             views_digest=root.views_digest,
             finished=False,
+            covariance=covariance,
         )
         folder = path / teacher.name
-        folder.mkdir(exist_ok=True)
-        lock = FolderLock(folder)
+        make_folder(folder)
+        lock = lock_folder(folder)
         try:
             with full_disk_refused(folder, lambda: "No features were written"):
-                return cls(folder, begin_teacher(folder, asked), lock)
+                record = begin_teacher(folder, asked, shard_bytes, calibrate)
+                return cls(folder, record, lock)
         except BaseException:
             lock.release()
             raise
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the store when the writer was opened."""
+        return self._record.rows
 
     def missing(self) -> list[range]:
         """Return the row ranges of the shards that are not committed, in order."""
@@ -85,8 +104,8 @@ class FeatureWriter:
     def write(
         self,
         rows: range,
-        levels: Mapping[str, NDArray[np.floating[Any]]],
-        pooled: NDArray[np.floating[Any]] | None,
+        levels: Mapping[str, Values],
+        pooled: Values | None,
         valid: NDArray[np.bool_],
     ) -> None:
         """Write a range given by `missing`, whole or in consecutive parts.
@@ -105,10 +124,11 @@ class FeatureWriter:
         """
         try:
             pending = self._turn(rows)
-            arrays = self._encode(rows, levels, pooled, valid)
+            values = self._checked(rows, levels, pooled, valid)
             with full_disk_refused(self._folder, self._state):
-                pending.append(arrays, valid)
+                pending.append(values, valid)
                 if pending.full:
+                    self._lock.check()
                     pending.commit()
                     self._missing.remove(pending.shard)
                     self._pending = None
@@ -130,6 +150,7 @@ class FeatureWriter:
             )
         if self._record.finished:
             return
+        self._lock.check()
         with full_disk_refused(self._folder, lambda: "Every shard is safe"):
             self._write_statistics()
             self._set_finished(True)
@@ -138,6 +159,7 @@ class FeatureWriter:
     def close(self) -> None:
         """Drop a begun shard and let other writers in; a second call does nothing."""
         self._drop()
+        self._pool.shutdown()
         self._lock.release()
 
     def __enter__(self) -> "FeatureWriter":  # noqa: PYI034  (beartype cannot check Self here)
@@ -162,7 +184,7 @@ class FeatureWriter:
                 raise StoreError(f"{rows} are written already; ask missing() for what is not")
             self._set_finished(False)
             with full_disk_refused(self._folder, self._state):
-                self._pending = PendingShard(self._folder, layout, shard)
+                self._pending = PendingShard(self._folder, layout, shard, self._codecs, self._pool)
         if self._pending is None or rows.start != self._pending.next_row:
             expected = "the start of a shard" if self._pending is None else self._pending.next_row
             raise StoreError(f"{rows} are out of turn: row {expected} comes next")
@@ -170,34 +192,35 @@ class FeatureWriter:
             raise StoreError(f"{rows} cross the end of a shard, {self._pending.rows}")
         return self._pending
 
-    def _encode(
+    def _checked(
         self,
         rows: range,
-        levels: Mapping[str, NDArray[np.floating[Any]]],
-        pooled: NDArray[np.floating[Any]] | None,
+        levels: Mapping[str, Values],
+        pooled: Values | None,
         valid: NDArray[np.bool_],
-    ) -> dict[str, NDArray[np.float16]]:
+    ) -> dict[str, Values]:
+        spec = self._record.spec
         given = dict(levels) if pooled is None else {**levels, GLOBAL: pooled}
-        name = self._record.spec.name
-        features = self._layout.features()
-        if given.keys() != features.keys():
+        shapes: dict[str, tuple[int, ...]] = {
+            level.name: (*level.grid, level.channels) for level in spec.levels
+        }
+        if spec.global_channels is not None:
+            shapes[GLOBAL] = (spec.global_channels,)
+        if given.keys() != shapes.keys():
             raise StoreError(
-                f"teacher {name!r} has {', '.join(features)}; got {', '.join(given) or 'nothing'}"
+                f"teacher {spec.name!r} has {', '.join(shapes)}; got {', '.join(given) or 'nothing'}"
             )
         if valid.shape != (len(rows),):
             raise StoreError(f"valid must have shape {(len(rows),)}, got {valid.shape}")
-        for level, layout in features.items():
-            if given[level].shape != (len(rows), *layout.shape[1:]):
+        for level, shape in shapes.items():
+            where = f"teacher {spec.name!r}, level {level!r}"
+            if given[level].shape != (len(rows), *shape):
                 raise StoreError(
-                    f"teacher {name!r}, level {level!r}: expected shape "
-                    f"{(len(rows), *layout.shape[1:])}, got {given[level].shape}"
+                    f"{where}: expected shape {(len(rows), *shape)}, got {given[level].shape}"
                 )
-        return {
-            level: encode_float16(
-                given[level], valid, first_row=rows.start, teacher=name, level=level
-            )
-            for level in features
-        }
+            narrow = spec.codec == "float16" or (level == GLOBAL and spec.codec != "float32")
+            check_values(given[level], valid, rows.start, where, FLOAT16_MAX if narrow else np.inf)
+        return given
 
     def _state(self) -> str:
         features = self._layout.features().values()
@@ -209,13 +232,15 @@ class FeatureWriter:
 
     def _write_statistics(self) -> None:
         layout = self._layout
-        for level, moments in merge_shards(self._folder, layout).items():
+        totals = merge_shards(self._folder, layout)
+        for target in layout.spec.targets:
+            moments = totals[target.name]
             if moments.count == 0:
                 raise StoreError(
                     f"every image of teacher {layout.spec.name!r} is quarantined; nothing to finish"
                 )
             statistics = moments.statistics()
-            for name, array in layout.statistics(level).items():
+            for name, array in layout.statistics(target).items():
                 write_array(self._folder, array, np.asarray(getattr(statistics, name)))
         for path, document in layout.statistics_documents().items():
             write_document(self._folder / path, document)
@@ -229,3 +254,13 @@ class FeatureWriter:
         if self._pending is not None:
             self._pending.discard()
             self._pending = None
+
+
+def _codecs(folder: StorePath, record: TeacherRecord) -> dict[str, Codec]:
+    """Return the codec of every array of a teacher, by the names of `features`."""
+    floats = FloatCodec(dtype=FLOATS.get(record.spec.codec, "<f2"))
+    codecs: dict[str, Codec] = {GLOBAL: floats}
+    for target in record.spec.targets:
+        stored = record.codecs.get(target.name)
+        codecs[target.name] = floats if stored is None else read_codec(folder, target, stored).codec
+    return codecs

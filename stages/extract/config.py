@@ -76,5 +76,10 @@ class ExtractConfig(BaseModel):
     shard_megabytes: Annotated[int, Field(ge=1)] = 128
     """Size of a shard file in MiB: the unit that is written, resumed and checked as a whole."""
 
+    covariance: bool = False
+    """Gather the covariance of each level's channels while extracting, which PHI-S and whitening
+    need; z-score does not. Costs one matrix product per image and level, and C (C + 1) / 2 numbers
+    of 8 bytes per level and shard (2.4 MB for 768 channels)."""
+
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """`auto` takes a CUDA device where there is one; else `cpu`, `cuda`, `cuda:1`, `mps`."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
 from stages.progress import Progress
 from store.reader import FeatureStore
+from store.remote import StorePath
 from store.spec import TeacherSpec
 from store.writer import FeatureWriter
 
@@ -52,7 +52,7 @@ class ExtractSummary:
 
 
 def extract(
-    store_path: Path,
+    store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     name: str,
@@ -69,26 +69,35 @@ def extract(
     """
     device = choose_device(extract_config.device)
     teacher = load_teacher(name, teacher_config, image_size, device)
-    shard_bytes = extract_config.shard_megabytes * 2**20
     return extract_teacher(
-        store_path, images, image_size, teacher, extract_config.batch_size, shard_bytes, progress
+        store_path,
+        images,
+        image_size,
+        teacher,
+        extract_config.batch_size,
+        extract_config.shard_megabytes * 2**20,
+        progress,
+        covariance=extract_config.covariance,
     )
 
 
 def extract_teacher(
-    store_path: Path,
+    store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     teacher: Teacher,
     batch_size: int,
     shard_bytes: int,
     progress: Progress,
+    *,
+    covariance: bool = False,
 ) -> ExtractSummary:
     """Write a teacher's features of every image that the store lists, then mark them finished.
 
     The store was made by `create_store`; `images` says where its files are. Only shards that are
     not committed are computed. Batches start where shards start, so that the same batches are
-    formed, and the same bits come out, whoever resumes.
+    formed, and the same bits come out, whoever resumes. `covariance` gathers that of each level's
+    channels too.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
@@ -97,7 +106,9 @@ def extract_teacher(
         NonFiniteFeaturesError: the teacher answered with NaN or infinity.
     """
     rows = _open_rows(store_path, images, image_size, teacher)
-    with FeatureWriter.open(store_path, teacher.spec, shard_bytes) as writer:
+    with FeatureWriter.open(store_path, teacher.spec, shard_bytes, covariance=covariance) as writer:
+        if writer.rows != len(rows.views):
+            raise ExtractionError(f"images were added to {store_path} just now; run this again")
         missing = writer.missing()
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
@@ -123,7 +134,10 @@ def extract_teacher(
 
 
 def _open_rows(
-    path: Path, images: Sequence[ImageSource], image_size: tuple[int, int], teacher: Teacher
+    path: str | StorePath,
+    images: Sequence[ImageSource],
+    image_size: tuple[int, int],
+    teacher: Teacher,
 ) -> RowReader:
     store = FeatureStore(path)
     if store.views.image_size != image_size:

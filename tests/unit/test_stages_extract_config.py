@@ -54,7 +54,8 @@ def test_wrong_settings_are_refused_by_name(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("batch_size", 0), ("shard_megabytes", 0.5), ("device", "gpu")]
+    ("field", "value"),
+    [("batch_size", 0), ("shard_megabytes", 0.5), ("device", "gpu"), ("covariance", "yes")],
 )
 def test_wrong_extraction_settings_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValidationError) as caught:

@@ -251,7 +251,7 @@ CONFIG = TeacherConfig(source="timm:test_vit", checkpoint="random", levels=2)
 
 
 def test_a_configured_teacher_is_extracted(store: Path, sources: tuple[ImageSource, ...]) -> None:
-    settings = ExtractConfig(batch_size=4, device="cpu")
+    settings = ExtractConfig(batch_size=4, device="cpu", covariance=True)
     summary = extract(store, sources, VIEW, "vit", CONFIG, settings, NoProgress())
     assert summary.images == COUNT
     teacher = load_teacher("vit", CONFIG, VIEW, torch.device("cpu"))
@@ -262,6 +262,7 @@ def test_a_configured_teacher_is_extracted(store: Path, sources: tuple[ImageSour
     for name, grid in features.levels.items():
         stored = reader.read("vit", name, [8])
         np.testing.assert_allclose(stored, grid.numpy(), rtol=1e-3, atol=1e-3)
+        assert reader.statistics("vit", name).covariance is not None
     assert reader.teachers["vit"] == teacher.spec
 
 

@@ -23,10 +23,10 @@ from store.chunks import read_chunk
 from store.create import create_store
 from store.errors import StoreError, StoreMismatchError, UnfinishedStoreError
 from store.inspect import summarise
-from store.layout import TeacherLayout
 from store.reader import FeatureStore
 from store.spec import ImageTable
 from store.teacher import UNWRITTEN, is_committed, is_teacher, read_record
+from store.teacher_layout import TeacherLayout
 from store.testing import (
     sample_features,
     sample_images,

@@ -50,7 +50,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def make(path: Path) -> None:
-    write_store(path, sample_images(ROWS), SPEC)
+    write_store(path, sample_images(ROWS), SPEC, covariance=True)
 
 
 def read_all(path: Path) -> dict[str, np.ndarray]:
@@ -58,8 +58,11 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
     assert len(store.images) == len(store.views) == ROWS
     values = {level: store.read("small", level, range(ROWS)) for level in store.levels("small")}
     for level in ("stage_1", "stage_2"):
-        values[f"mean of {level}"] = store.statistics("small", level).mean
-        values[f"variance of {level}"] = store.statistics("small", level).variance
+        statistics = store.statistics("small", level)
+        values[f"mean of {level}"] = statistics.mean
+        values[f"variance of {level}"] = statistics.variance
+        if statistics.covariance is not None:  # a flipped letter of its key hides it
+            values[f"covariance of {level}"] = statistics.covariance
     return values
 
 
@@ -96,7 +99,7 @@ def run(path, kill_at):
         setattr(os, name, call)
     for name in ("write", "fsync", "replace", "unlink"):
         counted(name)
-    write_store(path, sample_images(6), sample_teacher())
+    write_store(path, sample_images(6), sample_teacher(), covariance=True)
 
 for number in range(1, 10_000, 3):  # each file takes four calls, so all four are hit
     child = os.fork()
@@ -142,12 +145,13 @@ def test_the_commit_mark_is_placed_last(tmp_path: Path, monkeypatch: pytest.Monk
         real(source, target)
 
     create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
-    with FeatureWriter.open(tmp_path, SPEC, SHARD_BYTES) as writer:
+    with FeatureWriter.open(tmp_path, SPEC, SHARD_BYTES, covariance=True) as writer:
         monkeypatch.setattr(os, "replace", replace_and_note)
         write_rows(writer, SPEC, range(4))
     features = {"stage_1/native/c.0.0.0.0", "stage_2/native/c.0.0.0.0", "global/c.0.0"}
     assert set(placed[:3]) == features
-    assert placed[3:] == ["commit/digest/c.0.0.0", "commit/statistics/c.0.0.0", "valid/c.0"]
+    commits = ["commit/digest/c.0.0.0", "commit/statistics/c.0.0.0", "commit/covariance/c.0.0"]
+    assert placed[3:] == [*commits, "valid/c.0"]
 
 
 def test_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
@@ -223,6 +227,19 @@ def test_lost_shard_is_refused_and_computed_again(path: Path, name: str, damage:
     assert tree(path) == whole
 
 
+@pytest.mark.parametrize("name", ["digest/c.0.0.0", "statistics/c.0.0.0", "covariance/c.0.0"])
+def test_altered_commit_file_is_computed_again(path: Path, name: str) -> None:
+    whole = tree(path)
+    data = bytearray((path / "small" / "commit" / name).read_bytes())
+    data[9] ^= 1
+    (path / "small" / "commit" / name).write_bytes(data)
+    with FeatureWriter.open(path, SPEC) as writer:
+        assert writer.missing() == [range(4)]
+        write_rows(writer, SPEC, range(4))
+        writer.finish()
+    assert tree(path) == whole
+
+
 def test_a_failed_write_drops_its_shard_only(tmp_path: Path) -> None:
     create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
     with FeatureWriter.open(tmp_path, SPEC, SHARD_BYTES) as writer:
@@ -249,7 +266,7 @@ def test_full_disk_says_what_is_safe_and_resumes(
         left -= len(data)
         return real(descriptor, data)
 
-    with FeatureWriter.open(path, SPEC, SHARD_BYTES) as writer:
+    with FeatureWriter.open(path, SPEC, SHARD_BYTES, covariance=True) as writer:
         write_rows(writer, SPEC, range(4))
         monkeypatch.setattr(os, "write", write)
         left = 400
@@ -327,8 +344,8 @@ def test_features_without_their_description_are_not_trusted(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["zarr.json", "small/zarr.json"])
 def test_other_formats_are_refused_with_advice(path: Path, name: str) -> None:
-    edit(path / name, lambda document: document["attributes"].update(format_version=2))
-    with pytest.raises(StoreFormatError, match=r"format version 2, this release reads 1; upgrade"):
+    edit(path / name, lambda document: document["attributes"].update(format_version=3))
+    with pytest.raises(StoreFormatError, match=r"format version 3, this release reads 2; upgrade"):
         FeatureStore(path)
     edit(path / name, lambda document: document["attributes"].pop("format"))
     with pytest.raises(StoreFormatError, match="not of a feature store"):
@@ -376,7 +393,7 @@ def test_hostile_metadata_is_refused(
 
 
 def test_a_consistent_lie_about_the_grid_is_refused_before_allocating(path: Path) -> None:
-    level = replace(SPEC.levels[0], grid=(HUGE, HUGE))
+    level = replace(SPEC.levels[0], grid=(HUGE, HUGE), stored=())
     lie = replace(SPEC, levels=(level, *SPEC.levels[1:]))
 
     def change(document: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ def features(component: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("interop") / "store.zarr"
-    write_store(path, sample_images(ROWS, quarantined=[7]), SPEC, rows_per_shard=4)
+    images = sample_images(ROWS, quarantined=[7])
+    write_store(path, images, SPEC, rows_per_shard=4, covariance=True)
     return path
 
 
@@ -93,11 +94,16 @@ def test_xarray_reads_the_same(path: Path, level: str) -> None:
     data = xarray.open_zarr(path, group=f"small/{level}", consolidated=False)
     assert data["native"].dims == ("row", "y", "x", "channel")
     np.testing.assert_array_equal(data["native"].values, features(level))
-    stats = xarray.open_zarr(path, group=f"small/{level}/stats", consolidated=False)
+    stats = xarray.open_zarr(path, group=f"small/{level}/stats/native", consolidated=False)
     tokens = np.delete(features(level), 7, axis=0).astype(np.float64)
     np.testing.assert_allclose(stats["mean"], tokens.mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(stats["variance"], tokens.var(axis=(0, 1, 2)))
     assert int(stats["count"]) == tokens[..., 0].size
+    assert stats["covariance"].dims == ("channel", "other_channel")
+    covariance = zarr.open_array(path, path=f"small/{level}/stats/native/covariance", mode="r")[...]
+    expected = np.cov(tokens.reshape(-1, tokens.shape[-1]), rowvar=False, bias=True)
+    np.testing.assert_allclose(covariance, expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_array_equal(stats["covariance"].values, covariance)
 
 
 def test_tables_open_everywhere(path: Path) -> None:
@@ -111,7 +117,7 @@ def test_tables_open_everywhere(path: Path) -> None:
     assert not views["flip"].values.any()
     marks = dask.array.from_zarr(str(path), component="small/valid").compute()
     assert marks.tolist() == [1] * 7 + [2] + [1] * 3
-    for component in ("commit/digest", "commit/statistics"):
+    for component in ("commit/digest", "commit/statistics", "commit/covariance"):
         assert zarr.open_array(path, path=f"small/{component}", mode="r")[...].shape[0] == 3
     assert zarr.open_group(path, mode="r").attrs["format"] == "sak-features"
     assert zarr.open_group(path, path="small", mode="r").attrs["finished"] is True

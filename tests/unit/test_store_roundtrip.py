@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.errors import StoreError, StoreMismatchError, UnfinishedStoreError
-from store.layout import default_rows_per_shard
 from store.reader import FeatureStore
 from store.spec import GLOBAL, LevelSpec, TeacherSpec
+from store.teacher_layout import MAX_ROWS_PER_SHARD, TeacherLayout, with_rows_per_shard
 from store.testing import (
     sample_features,
     sample_images,
@@ -49,6 +49,7 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
     rows_per_shard = data.draw(st.integers(1, 9), label="rows per shard")
     bad = data.draw(st.sets(st.integers(0, rows - 1), max_size=rows - 1), label="quarantined")
     stop = data.draw(st.integers(0, rows), label="rows before the interruption")
+    covariance = data.draw(st.booleans(), label="covariance")
     images, views = sample_images(rows, tuple(bad)), sample_views(rows)
     valid = ~np.isin(np.arange(rows), list(bad))
     size = sample_shard_bytes(SPEC, rows_per_shard)
@@ -56,7 +57,7 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
         path, uninterrupted = Path(folder) / "store", Path(folder) / "whole"
         create_store(path, images, views)
         for limit in (stop, rows):
-            with FeatureWriter.open(path, SPEC, size) as writer:
+            with FeatureWriter.open(path, SPEC, size, covariance=covariance) as writer:
                 for shard in writer.missing():
                     start = shard.start
                     while start < min(shard.stop, limit):
@@ -65,7 +66,9 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
                         start += length
                 if limit == rows:
                     writer.finish()
-        write_store(uninterrupted, images, SPEC, rows_per_shard=rows_per_shard)
+        write_store(
+            uninterrupted, images, SPEC, rows_per_shard=rows_per_shard, covariance=covariance
+        )
         assert tree(path) == tree(uninterrupted)
 
         store = FeatureStore(path)
@@ -83,6 +86,14 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
             assert statistics.count == tokens[..., 0].size
             np.testing.assert_allclose(statistics.mean, tokens.mean(axis=(0, 1, 2)), rtol=1e-12)
             np.testing.assert_allclose(statistics.variance, tokens.var(axis=(0, 1, 2)), rtol=1e-9)
+            assert (statistics.covariance is not None) == covariance
+            if statistics.covariance is not None:
+                matrix = tokens.reshape(-1, tokens.shape[-1])
+                expected_covariance = np.cov(matrix, rowvar=False, bias=True)
+                deviation = np.sqrt(statistics.variance)
+                error = np.abs(statistics.covariance - expected_covariance)
+                assert (error <= 1e-10 * np.outer(deviation, deviation)).all()
+                np.testing.assert_array_equal(np.diag(statistics.covariance), statistics.variance)
         for row in bad:
             with pytest.raises(StoreError, match="zero bytes"):
                 store.read("small", "stage_1", [row])
@@ -167,7 +178,7 @@ def test_reader_names_the_nearest(tmp_path: Path) -> None:
         store.read("smal", "stage_1", [0])
     with pytest.raises(StoreError, match="did you mean 'stage_2' or 'stage_1'"):
         store.read("small", "stage_9", [0])
-    with pytest.raises(StoreError, match="no statistics of 'global'"):
+    with pytest.raises(StoreError, match="no grid or statistics of 'global'"):
         store.statistics("small", GLOBAL)
     for row in (-1, 3):
         with pytest.raises(StoreError, match=f"row {row} is not in the store, it has 3"):
@@ -270,7 +281,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path, value: float) -> No
     features = sample_features(SPEC, range(4))
     pooled = features.pop(GLOBAL)
     features["stage_2"][2, 1, 1, 3] = value
-    message = r"level 'stage_2': 1 rows .*: rows 2;"
+    message = r"level 'stage_2': 1 rows \(2\) "
     with FeatureWriter.open(tmp_path, SPEC) as writer:
         with pytest.raises(StoreError, match=message):
             writer.write(range(4), features, pooled, np.ones(4, bool))
@@ -319,6 +330,7 @@ def test_shards_are_bounded_by_the_largest_level() -> None:
     spec = TeacherSpec(
         name="t", levels=(level, replace(level, name="b", channels=1)), provenance={}
     )
-    assert default_rows_per_shard(spec, 128 * 2**20) == 3640
-    assert default_rows_per_shard(spec, 1) == 1
-    assert default_rows_per_shard(spec, 2**40) == 4096
+    layout = TeacherLayout(spec=spec, rows=9, rows_per_shard=1)
+    assert with_rows_per_shard(layout, 128 * 2**20).rows_per_shard == 3640
+    assert with_rows_per_shard(layout, 1).rows_per_shard == 1
+    assert with_rows_per_shard(layout, 2**40).rows_per_shard == MAX_ROWS_PER_SHARD

@@ -1,0 +1,125 @@
+"""Fits a teacher's codecs to sample rows and measures on other rows what they lose.
+
+Only tokens are kept, as many from every row, so that memory does not grow with the rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.codecs import Codec
+from store.errors import StoreError
+from store.fit import fit_codec, stack
+from store.pyramid import area_average
+from store.spec import Target, TeacherSpec
+
+MAX_TOKENS = 32_768
+"""Tokens of a target that are kept for fitting, and again as many for measuring."""
+
+_Tiles = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """What is left of tokens after encoding and decoding, on rows that were not fitted to.
+
+    Cosine similarity of a token (all its channels) with what is decoded, mean and 1st percentile;
+    norm of the error of all tokens over the norm of all tokens.
+    """
+
+    cosine_mean: float
+    cosine_p01: float
+    relative_l2: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedTarget:
+    """A codec and what it loses."""
+
+    codec: Codec
+    fidelity: Fidelity
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Tiles of T x T tokens, gathered row by row."""
+
+    tiles: list[_Tiles] = field(default_factory=list)
+
+    def add(self, row: NDArray[np.float32], edge: int, count: int, seed: int) -> None:
+        """Keep `count` tiles of a row (H, W, C), or all; which ones depends on `seed` alone."""
+        height, width, channels = row.shape
+        grid = row.reshape(height // edge, edge, width // edge, edge, channels).swapaxes(1, 2)
+        every = grid.reshape(-1, edge, edge, channels)
+        chosen = np.random.default_rng(seed).permutation(len(every))[:count]
+        self.tiles.append(every[np.sort(chosen)])
+
+
+class Calibration:
+    """Gathers tokens of every target of a teacher; then fits any codec, any number of times.
+
+    `rows` is how many rows will be added to either half, to spread the tokens evenly over them.
+    """
+
+    def __init__(self, spec: TeacherSpec, rows: int) -> None:
+        self._spec = spec
+        self._rows = rows
+        self._fitted = {target.name: _Sample() for target in spec.targets}
+        self._held_out = {target.name: _Sample() for target in spec.targets}
+        self._added = 0
+
+    def add(self, levels: Mapping[str, NDArray[np.floating[Any]]], *, held_out: bool) -> None:
+        """Take one row, (H, W, C) of each level by name, to fit to or to measure on."""
+        samples = self._held_out if held_out else self._fitted
+        for target in self._spec.targets:
+            row = area_average(np.asarray(levels[target.level], np.float32), target.grid)
+            edge = tile_edge(target)
+            count = -(-MAX_TOKENS // (self._rows * edge**2))
+            samples[target.name].add(row, edge, count, self._added)
+        self._added += 1
+
+    def fit(self, codec: str) -> dict[str, FittedTarget]:
+        """Return the codec of every target, by target name.
+
+        Raises:
+            StoreError: no such codec, no rows, or a target that it cannot serve.
+        """
+        return {target.name: self.fit_target(codec, target) for target in self._spec.targets}
+
+    def fit_target(self, codec: str, target: Target) -> FittedTarget:
+        """Return the codec of one target.
+
+        Raises:
+            StoreError: see `fit`.
+        """
+        fitted, held_out = self._fitted[target.name].tiles, self._held_out[target.name].tiles
+        if not fitted or not held_out:
+            raise StoreError(f"codec {codec} needs rows to fit to and others to measure on")
+        found = fit_codec(codec, np.concatenate(fitted))
+        return FittedTarget(codec=found, fidelity=measure(found, np.concatenate(held_out)))
+
+
+def tile_edge(target: Target) -> int:
+    """Return the largest of 4, 2, 1 that divides both sides of the target's grid."""
+    height, width = target.grid
+    return next(edge for edge in (4, 2, 1) if height % edge == 0 and width % edge == 0)
+
+
+def measure(codec: Codec, tiles: _Tiles) -> Fidelity:
+    """Return what a codec loses on tokens (S, T, T, C)."""
+    row = stack(tiles)
+    decoded = codec.decode(codec.encode(row)).astype(np.float64)
+    exact = row.astype(np.float64)
+    norms = np.linalg.norm(exact, axis=-1) * np.linalg.norm(decoded, axis=-1)
+    same = (exact == decoded).all(axis=-1)  # tokens of zeros have no direction to lose
+    cosines = (exact * decoded).sum(axis=-1) / np.where(norms > 0, norms, 1)
+    cosines[same] = 1.0
+    whole = np.linalg.norm(exact)
+    return Fidelity(
+        cosine_mean=float(cosines.mean()),
+        cosine_p01=float(np.quantile(cosines, 0.01)),
+        relative_l2=float(np.linalg.norm(exact - decoded) / whole) if whole > 0 else 0.0,
+    )
