@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.calibration import Calibration, FittedTarget
+from store.codecs import parse_codec
 from store.create import create_store
 from store.remote import StorePath
-from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import GLOBAL, Grid, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.stored_codecs import describe_codec
+from store.teacher_layout import TeacherLayout
 from store.writer import FeatureWriter
 
 
@@ -35,17 +39,23 @@ def sample_views(rows: int, views_per_image: int = 1) -> ViewTable:
 
 
 def sample_teacher(
-    name: str = "small", *, global_channels: int | None = 5, **provenance: Any
+    name: str = "small",
+    *,
+    global_channels: int | None = 5,
+    codec: str = "float16",
+    stored: tuple[Grid, ...] = (),
+    **provenance: Any,
 ) -> TeacherSpec:
-    """Return a hierarchical teacher of two levels, (3, 4) x 6 and (2, 2) x 8."""
+    """Return a hierarchical teacher of two levels, (3, 4) x 6, kept as `stored`, and (2, 2) x 8."""
     return TeacherSpec(
         name=name,
         levels=(
-            LevelSpec(name="stage_1", grid=(3, 4), channels=6),
+            LevelSpec(name="stage_1", grid=(3, 4), channels=6, stored=stored),
             LevelSpec(name="stage_2", grid=(2, 2), channels=8),
         ),
         global_channels=global_channels,
         provenance={"model": name, "weights_sha256": "ab" * 32, **provenance},
+        codec=codec,
     )
 
 
@@ -67,9 +77,26 @@ def sample_features(spec: TeacherSpec, rows: range) -> dict[str, NDArray[np.floa
     }
 
 
+def sample_codecs(spec: TeacherSpec) -> dict[str, FittedTarget]:
+    """Return the codecs of a teacher, fitted to the sample features of some rows."""
+    calibration = Calibration(spec, rows=4)
+    for row in range(8):
+        features = sample_features(spec, range(row, row + 1))
+        calibration.add({name: values[0] for name, values in features.items()}, held_out=row > 3)
+    return calibration.fit(spec.codec)
+
+
 def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
     """Return the `shard_bytes` that makes shards of so many rows."""
-    return 2 * rows_per_shard * max(lv.grid[0] * lv.grid[1] * lv.channels for lv in spec.levels)
+    codecs = {}
+    if not parse_codec(spec.codec).is_float:
+        fitted = sample_codecs(spec)
+        codecs = {
+            target.name: describe_codec(spec.codec, target, fitted[target.name])
+            for target in spec.targets
+        }
+    layout = TeacherLayout(spec=spec, rows=1, rows_per_shard=1, codecs=codecs)
+    return rows_per_shard * max(array.row_bytes for array in layout.features().values())
 
 
 def write_rows(
@@ -96,7 +123,9 @@ def write_store(
     create_store(path, images, sample_views(rows, views_per_image))
     valid = np.repeat([status == "ok" for status in images.statuses], views_per_image)
     size = sample_shard_bytes(spec, rows_per_shard)
-    with FeatureWriter.open(path, spec, size, covariance=covariance) as writer:
+    with FeatureWriter.open(
+        path, spec, size, covariance=covariance, calibrate=lambda: sample_codecs(spec)
+    ) as writer:
         for shard in writer.missing():
             write_rows(writer, spec, shard, valid)
         writer.finish()

@@ -97,6 +97,11 @@ class FeatureWriter:
         """Number of rows of the store when the writer was opened."""
         return self._record.rows
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all arrays as stored, without checksums."""
+        return sum(array.row_bytes for array in self._layout.features().values())
+
     def missing(self) -> list[range]:
         """Return the row ranges of the shards that are not committed, in order."""
         return [self._layout.shard_rows(shard) for shard in self._missing]

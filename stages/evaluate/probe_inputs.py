@@ -39,7 +39,7 @@ class FeatureReader:
                 torch.from_numpy(v.astype(np.float32)).to(device)
                 for v in (statistics.mean, deviation)
             )
-        self.grids = {level.name: level.grid for level in levels}
+        self.grids = {level.name: level.stored[0] for level in levels}
         self.sizes = {level.name: level.channels + 1 for level in levels}
         if self._joined:
             self.grids[ALL_LEVELS] = sorted(self.grids.values(), key=math.prod)[len(levels) // 2]

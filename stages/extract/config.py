@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from store.codecs import parse_codec
 
 _Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -11,6 +13,11 @@ _Deviations = Annotated[tuple[_Positive, _Positive, _Positive], Field(strict=Fal
 _Size = Annotated[
     tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)
 ]
+
+
+def _known_codec(name: str) -> str:
+    parse_codec(name)
+    return name
 
 
 class TeacherConfig(BaseModel):
@@ -53,7 +60,17 @@ class TeacherConfig(BaseModel):
     """How images are resized; default: what the library states."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network; features are stored as float16 whatever this says."""
+    """Arithmetic of the network; how features are stored is the codec's matter."""
+
+    codec: Annotated[str, AfterValidator(_known_codec)] = "float16"
+    """How features are stored: float32, float16, int8, int8-hadamard, int8-pca, int8-pcaK, or
+    pca-Bbit (B from 1 to 6). What it costs is measured and shown by `sak plan` and `sak inspect`."""
+
+    resolutions: Annotated[
+        tuple[Literal["native"] | _Size, ...], Field(strict=False, min_length=1)
+    ] = ("native",)
+    """Grids to store of every level: `native`, or [height, width] that finer ones are
+    area-averaged to (a level that is coarser keeps its own)."""
 
     def asked(self) -> dict[str, Any]:
         """Return the settings as the store keeps them: JSON, a checkpoint by its file's name."""
@@ -73,7 +90,10 @@ class ExtractConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Images per forward pass. Another size may change features in the last bits."""
 
-    shard_megabytes: Annotated[int, Field(ge=1)] = 128
+    calibration_images: Annotated[int, Field(ge=2)] = 320
+    """Images that codecs are fitted to, every fifth of them only to measure what is lost."""
+
+    shard_megabytes: Annotated[int, Field(ge=1)] = 256
     """Size of a shard file in MiB: the unit that is written, resumed and checked as a whole."""
 
     covariance: bool = False

@@ -5,7 +5,7 @@ Letters: `B` batch, `C` channels, `h w` cells of a level's grid.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.data.sources import ImageSource
+from stages.extract.calibrate import choose_rows, gather
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.errors import ExtractionError, NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
 from stages.progress import Progress
+from store.calibration import FittedTarget
 from store.reader import FeatureStore
 from store.remote import StorePath
-from store.spec import TeacherSpec
 from store.writer import FeatureWriter
 
 _BATCHES_AHEAD = 2
@@ -78,6 +79,7 @@ def extract(
         extract_config.shard_megabytes * 2**20,
         progress,
         covariance=extract_config.covariance,
+        calibration_images=extract_config.calibration_images,
     )
 
 
@@ -91,13 +93,15 @@ def extract_teacher(
     progress: Progress,
     *,
     covariance: bool = False,
+    calibration_images: int = 320,
 ) -> ExtractSummary:
     """Write a teacher's features of every image that the store lists, then mark them finished.
 
     The store was made by `create_store`; `images` says where its files are. Only shards that are
     not committed are computed. Batches start where shards start, so that the same batches are
-    formed, and the same bits come out, whoever resumes. `covariance` gathers that of each level's
-    channels too.
+    formed, and the same bits come out, whoever resumes. Where the codec has to be fitted, the
+    teacher first sees `calibration_images` of the images for that. `covariance` gathers that of
+    each level's channels too.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
@@ -106,7 +110,20 @@ def extract_teacher(
         NonFiniteFeaturesError: the teacher answered with NaN or infinity.
     """
     rows = _open_rows(store_path, images, image_size, teacher)
-    with FeatureWriter.open(store_path, teacher.spec, shard_bytes, covariance=covariance) as writer:
+    threads = os.cpu_count() or 1
+
+    def calibrate() -> Mapping[str, FittedTarget]:
+        chosen = choose_rows(rows, calibration_images)
+        gathered = gather(rows, chosen, batch_size, threads, progress)
+        return gathered.fit(teacher.spec.codec)
+
+    with FeatureWriter.open(
+        store_path,
+        teacher.spec,
+        shard_bytes,
+        covariance=covariance,
+        calibrate=calibrate,
+    ) as writer:
         if writer.rows != len(rows.views):
             raise ExtractionError(f"images were added to {store_path} just now; run this again")
         missing = writer.missing()
@@ -115,7 +132,7 @@ def extract_teacher(
         progress.start(f"extract {teacher.spec.name}", len(asked))
         started = time.perf_counter()
         ahead = _BATCHES_AHEAD * batch_size
-        with closing(read_ahead(rows.load, good, os.cpu_count() or 1, ahead)) as inputs:
+        with closing(read_ahead(rows.load, good, threads, ahead)) as inputs:
             for batch in _batches(missing, batch_size):
                 writer.write(batch, *_answer(teacher, rows, batch, inputs))
                 progress.advance(len(batch))
@@ -128,7 +145,7 @@ def extract_teacher(
         already_there=len(rows.views) - len(asked),
         seconds=seconds,
         images_per_second=len(good) / seconds,
-        bytes_written=len(asked) * _row_bytes(teacher.spec),
+        bytes_written=len(asked) * writer.row_bytes,
         shards_written=len(missing),
     )
 
@@ -196,8 +213,3 @@ def _refuse_non_finite(features: Features, teacher: str, image_ids: Sequence[str
                 f"teacher {teacher!r}, {level}: NaN or infinity for {', '.join(bad[:_SHOWN])}"
                 f"{more}. fp16 overflows where bf16 and fp32 do not; else check the weights."
             )
-
-
-def _row_bytes(spec: TeacherSpec) -> int:
-    values = sum(level.grid[0] * level.grid[1] * level.channels for level in spec.levels)
-    return 2 * (values + (spec.global_channels or 0))

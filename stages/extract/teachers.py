@@ -3,10 +3,10 @@
 Letters: `B` batch, `C` channels, `H W` pixels of the teacher's input, `h w` cells of a level.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -142,8 +142,11 @@ def load_teacher(
         ) from error
     teacher.spec = TeacherSpec(
         name=name,
-        levels=tuple(_level(level, grid) for level, grid in features.levels.items()),
+        levels=tuple(
+            _level(level, grid, config.resolutions) for level, grid in features.levels.items()
+        ),
         global_channels=None if features.pooled is None else features.pooled.shape[1],
+        codec=config.codec,
         provenance={
             **outline.facts,
             "source": config.source,
@@ -211,9 +214,20 @@ def _on_view(grid: Tensor, frame: InputFrame) -> Tensor:
     return grid[:, :, :rows, :columns].permute(0, 2, 3, 1).float()
 
 
-def _level(name: str, grid: Tensor) -> LevelSpec:
+def _level(
+    name: str, grid: Tensor, resolutions: Sequence[Literal["native"] | tuple[int, int]]
+) -> LevelSpec:
     _, rows, columns, channels = grid.shape
-    return LevelSpec(name=name, grid=(rows, columns), channels=channels)
+    stored = {
+        (rows, columns) if asked == "native" else (min(asked[0], rows), min(asked[1], columns))
+        for asked in resolutions
+    }
+    return LevelSpec(
+        name=name,
+        grid=(rows, columns),
+        channels=channels,
+        stored=tuple(sorted(stored, reverse=True)),
+    )
 
 
 def _described(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -75,6 +75,9 @@ class PhaseConfig(_Config):
     """Weight of the distillation loss; 0 trains without teachers' features."""
     jitter: bool = True
     """Photometric jitter of the student's image; teachers saw the clean one."""
+    resolution: Literal["finest"] | Annotated[tuple[int, int], Field(strict=False)] = "finest"
+    """Grid of the targets: the finest that is stored of each level, or the finest that is not
+    larger than [height, width]."""
     log_every: int = Field(default=20, ge=1)
     """Steps averaged in one row of `log.csv`."""
     checkpoint_every: int = Field(default=200, ge=1)

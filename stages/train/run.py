@@ -198,6 +198,7 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         jitter=run.phase.jitter,
         seed=run.runtime.seed,
         cache_bytes=run.phase.cache_megabytes * MEGABYTE,
+        resolution=run.phase.resolution,
     )
 
 

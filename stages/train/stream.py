@@ -6,7 +6,7 @@ Shapes: `B` batch, `H W` image pixels, `h w` a teacher's grid, `C` its channels.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from stages.data.view import Box, view_image
 from stages.train.jitter import image_generator, jitter
 from stages.train.sampling import Draw, StepSampler
 from store.reader import FeatureStore
+from store.spec import Grid, LevelSpec
 
 MEGABYTE = 1 << 20
 
@@ -41,7 +42,7 @@ class Batch:
     labels: dict[str, Tensor]
     """Per task `B H W` (normals `B 3 H W`), in the dtype of the data set."""
     targets: dict[str, list[Tensor]]
-    """Per teacher, per level: `B h w C` float16 as stored."""
+    """Per teacher, per level: `B h w C`, float16 or float32."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy everything to a device; the copy overlaps with computing where it can."""
@@ -75,6 +76,7 @@ class StreamSpec:
     jitter: bool
     seed: int
     cache_bytes: int
+    resolution: Literal["finest"] | Grid = "finest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,11 @@ class TargetStream(TorchDataset[Batch]):
         self.spec = spec
         self._dataset, self._store = dataset.with_tasks(spec.tasks), store
         self._levels = {
-            name: [level.name for level in store.teachers[name].levels] for name in spec.teachers
+            name: [
+                (level.name, _grid(name, level, spec.resolution))
+                for level in store.teachers[name].levels
+            ]
+            for name in spec.teachers
         }
         self._cache = _ViewCache(limit=spec.cache_bytes)
         self._mean = torch.tensor(spec.mean).view(3, 1, 1)
@@ -135,7 +141,10 @@ class TargetStream(TorchDataset[Batch]):
     def _targets(self, ids: Sequence[str]) -> dict[str, list[Tensor]]:
         rows = [self._store.row(image_id) for image_id in ids]
         return {
-            name: [torch.from_numpy(self._store.read(name, level, rows)) for level in levels]
+            name: [
+                torch.from_numpy(self._store.read(name, level, rows, grid))
+                for level, grid in levels
+            ]
             for name, levels in self._levels.items()
         }
 
@@ -179,6 +188,20 @@ class TargetStream(TorchDataset[Batch]):
         box = self._store.views.boxes[self._store.row(image_id)]
         top, left, height, width = (round(float(side)) for side in box)
         return Box(top=top, left=left, height=height, width=width)
+
+
+def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) -> Grid:
+    if resolution == "finest":
+        return level.stored[0]
+    for grid in level.stored:
+        if grid[0] <= resolution[0] and grid[1] <= resolution[1]:
+            return grid
+    stored = ", ".join(f"{height} x {width}" for height, width in level.stored)
+    raise StreamError(
+        f"teacher {teacher!r}, level {level.name!r} is stored at {stored}, nothing as small as "
+        f"resolution: {list(resolution)}; choose a stored one, or add it to the teacher's "
+        "`resolutions` and extract again"
+    )
 
 
 def _label_tensor(label: npt.NDArray[Any]) -> Tensor:
