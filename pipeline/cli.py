@@ -26,13 +26,19 @@ DEFAULT_PARAMS = Path("params.yaml")
 
 
 @app.command(epilog="Example: sak index --params params.yaml")
-def index(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
+def index(
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the images that the store does not list yet.")
+    ] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
     """List and check the images, render them first for the scenes recipe, and open the store."""
     from pipeline import indexing
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = indexing.index(load_params(params), bar)
+        result = indexing.index(load_params(params), append, bar)
     console.show("image set", two_columns(dataclasses.asdict(result)), as_json)
 
 
@@ -91,12 +97,15 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
 @app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
 def inspect(
     store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
+    quarantined: Annotated[
+        bool, typer.Option("--quarantined", help="List every unusable image and why.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store holds: teachers, levels, grids, bytes, coverage, provenance."""
     from pipeline import tables
 
-    result = tables.inspect(store)
+    result = tables.quarantined(store) if quarantined else tables.inspect(store)
     console.show(store, result, as_json)
 
 
@@ -131,6 +140,30 @@ def verify(
     console.show(store, result, as_json)
     if not clean:
         raise typer.Exit(3)
+
+
+@app.command(epilog="Example: sak gc --delete")
+def gc(
+    store: Annotated[
+        str | None,
+        typer.Argument(help="Folder or URL of a feature store; that of --params if left out."),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Drop this teacher, and no other; may be repeated.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed.")] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """List, or delete, teachers that the parameter file does not name and what killed runs left."""
+    from pipeline import collecting
+    from pipeline.params import load_params
+
+    if store is None:
+        result = collecting.collect_params(load_params(params), teacher or [], delete)
+    else:
+        result = collecting.collect(store, teacher or [], delete)
+    console.show("garbage", result, as_json)
 
 
 @app.command(epilog="Example: sak probe --json")

@@ -13,6 +13,8 @@ from store.create import create_store
 from store.reader import FeatureStore
 from store.remote import StorePath
 from store.spec import GLOBAL, Grid, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.stored_codecs import describe_codec
+from store.teacher_layout import TeacherLayout
 from store.writer import FeatureWriter
 
 
@@ -46,10 +48,7 @@ def sample_teacher(
     stored: tuple[Grid, ...] = (),
     **provenance: Any,
 ) -> TeacherSpec:
-    """Return a hierarchical teacher of two levels, (3, 4) x 6 and (2, 2) x 8.
-
-    `stored` are the grids of the first.
-    """
+    """Return a hierarchical teacher of two levels, (3, 4) x 6, kept as `stored`, and (2, 2) x 8."""
     return TeacherSpec(
         name=name,
         codec=codec,
@@ -80,14 +79,7 @@ def sample_features(spec: TeacherSpec, rows: range) -> dict[str, NDArray[np.floa
     }
 
 
-def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
-    """Return the `shard_bytes` that makes shards of so many rows."""
-    bits = {"float32": 32, "float16": 16}.get(spec.codec) or parse_codec(spec.codec).bits or 8
-    values = max(lv.grid[0] * lv.grid[1] * lv.channels for lv in spec.levels)
-    return rows_per_shard * -(-values * bits // 8)
-
-
-def sample_codecs(spec: TeacherSpec, rows: int) -> dict[str, FittedTarget]:
+def sample_codecs(spec: TeacherSpec, rows: int = 8) -> dict[str, FittedTarget]:
     """Return the codecs of a teacher, fitted to one half of that many sample features."""
     calibration = Calibration(spec, -(-rows // 2))
     for row in range(rows):
@@ -96,6 +88,19 @@ def sample_codecs(spec: TeacherSpec, rows: int) -> dict[str, FittedTarget]:
             {name: values[0] for name, values in features.items()}, held_out=row % 2 == 1
         )
     return calibration.fit(spec.codec)
+
+
+def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
+    """Return the `shard_bytes` that makes shards of so many rows."""
+    codecs = {}
+    if not parse_codec(spec.codec).is_float:
+        fitted = sample_codecs(spec)
+        codecs = {
+            target.name: describe_codec(spec.codec, target, fitted[target.name])
+            for target in spec.targets
+        }
+    layout = TeacherLayout(spec=spec, rows=1, rows_per_shard=1, codecs=codecs)
+    return rows_per_shard * max(array.row_bytes for array in layout.features().values())
 
 
 def write_rows(

@@ -124,6 +124,8 @@ def extract_teacher(
         covariance=covariance,
         calibrate=calibrate,
     ) as writer:
+        if writer.rows != len(rows.views):
+            raise ExtractionError(f"images were added to {store_path} just now; run this again")
         missing = writer.missing()
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
@@ -170,7 +172,8 @@ def open_rows(
         lacking = [name for name in store.images.ids if name not in paths]
         raise ExtractionError(
             f"{path} lists {len(store.images.ids)} images, the data set {len(paths)}; in the store "
-            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. Index the data set into another store."
+            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
+            + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
         )
     if store.views.flips.any():
         raise ExtractionError(f"{path} asks for flipped views, which are not extracted yet")
