@@ -6,6 +6,7 @@ from pipeline.errors import StepError
 from pipeline.params import Params
 from stages.data.dataset import open_dataset
 from stages.data.tasks import Task
+from stages.extract.teachers import foreseen_provenance
 from stages.progress import Progress
 from stages.train.checkpoint import CheckpointError
 from stages.train.run import TrainingRun, TrainSummary, train
@@ -44,15 +45,17 @@ def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
 
 
 def _require_asked_teachers(params: Params, run: TrainingRun, store: FeatureStore) -> None:
-    """Refuse features that were written under other settings than the parameter file's."""
+    """Refuse features of other settings, weights, preprocessing or code than would be used now."""
     for name in run.distilled:
         if name not in store.teachers:
             continue  # train() says what is missing
-        stored, asked = store.teachers[name].provenance.get("config"), params.teachers[name].asked()
+        provenance, config = store.teachers[name].provenance, params.teachers[name]
+        asked = {"config": config.asked(), **foreseen_provenance(config, params.image_size)}
+        stored = {key: provenance.get(key) for key in asked}
         if stored != asked:
             raise StepError(
                 f"the features of '{name}' in {params.store} were written under other settings:\n"
-                + "\n".join(difference(stored or {}, asked))
+                + "\n".join(difference(stored, asked))
                 + "\n"
                 f"correct the parameter file, or run: sak extract-teachers {name} --replace"
             )

@@ -3,9 +3,12 @@
 Letters: `B` batch, `C` channels, `H W` pixels of the teacher's input, `h w` cells of a level.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -23,7 +26,7 @@ from stages.extract.network import Network, NetworkSource, Outline
 from stages.extract.open_clip_networks import OpenClipSource
 from stages.extract.preprocess import Preprocessing, probe_box, probe_digest, probe_image
 from stages.extract.timm_networks import TimmSource
-from store.spec import LevelSpec, TeacherSpec
+from store.spec import LevelSpec, TeacherSpec, canonical_json
 
 CODE_VERSION = 1
 """Raise it when the same weights and settings give other features than before."""
@@ -121,13 +124,8 @@ def load_teacher(
     source = network_source(config)
     outline = source.outline()
     taps = choose_taps(config.levels, outline.reductions)
-    frame = plan_input(config.input_size, image_size, outline.native, max(outline.reductions))
-    preprocessing = Preprocessing(
-        frame=frame,
-        mean=config.mean or outline.mean,
-        std=config.std or outline.std,
-        interpolation=config.interpolation or _known_interpolation(outline),
-    )
+    preprocessing = _preprocessing(config, outline, image_size)
+    frame = preprocessing.frame
     names = level_names(taps, outline.reductions)
     try:
         network = source.load(frame.size, taps)
@@ -154,14 +152,54 @@ def load_teacher(
             "model_args": config.model_args,
             "weights": network.weights,
             "weights_sha256": weights_digest,
-            "preprocessing": _described(preprocessing),
-            "probe_sha256": probe_digest(preprocessing, image_size),
             "taps": taps,
             "precision": config.precision,
-            "code_version": CODE_VERSION,
+            **_foreseen(config, preprocessing, image_size),
         },
     )
     return teacher
+
+
+def foreseen_provenance(config: TeacherConfig, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return what a teacher's provenance must say if it were extracted now, as plain JSON.
+
+    Only what is known without its weights in memory: how images are prepared, the version of our
+    code, the digest of the checkpoint's file where that is on this machine.
+
+    Raises:
+        TeacherError: unknown model.
+    """
+    outline = network_source(config).outline()
+    foreseen = _foreseen(config, _preprocessing(config, outline, image_size), image_size)
+    known: dict[str, Any] = json.loads(canonical_json(foreseen))
+    return known
+
+
+def _foreseen(
+    config: TeacherConfig, preprocessing: Preprocessing, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    checkpoint = {}
+    if isinstance(config.checkpoint, Path) and config.checkpoint.is_file():
+        with config.checkpoint.open("rb") as file:
+            checkpoint["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "preprocessing": _described(preprocessing),
+        "probe_sha256": probe_digest(preprocessing, image_size),
+        "code_version": CODE_VERSION,
+        **checkpoint,
+    }
+
+
+def _preprocessing(
+    config: TeacherConfig, outline: Outline, image_size: tuple[int, int]
+) -> Preprocessing:
+    multiple = max(outline.reductions)
+    return Preprocessing(
+        frame=plan_input(config.input_size, image_size, outline.native, multiple),
+        mean=config.mean or outline.mean,
+        std=config.std or outline.std,
+        interpolation=config.interpolation or _known_interpolation(outline),
+    )
 
 
 def choose_device(name: str) -> torch.device:

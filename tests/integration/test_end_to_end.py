@@ -7,9 +7,11 @@ from typing import Any
 import dask.array
 import numpy as np
 import pytest
+import timm
 import torch
 import xarray
 import yaml
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -17,6 +19,7 @@ from pipeline.params import load_params
 from stages.data.dataset import open_dataset
 from stages.data.images import decode_image
 from stages.data.view import whole_image_box
+from stages.extract import teachers as teachers_module
 from stages.extract.teachers import load_teacher
 from store.reader import FeatureStore
 
@@ -128,6 +131,35 @@ def test_training_refuses_features_of_another_teacher(tiny_params: Path) -> None
     refused = sak("train-student", "distill", *options, code=2)
     assert "resnet18" in refused
     assert "sak extract-teachers first --replace" in refused
+
+
+def test_training_refuses_features_that_would_come_out_differently_now(
+    tiny_params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "weights.safetensors"
+    options = ("--params", tiny_params)
+    teachers = yaml.safe_load(tiny_params.read_text())["teachers"]
+    model = timm.create_model("vit_tiny_patch16_224", **teachers["first"]["model_args"])
+    save_file(model.state_dict(), checkpoint)
+    teachers["first"] |= {"checkpoint": str(checkpoint), "codec": "int8", "resolutions": [[2, 3]]}
+    edit(tiny_params, teachers=teachers)
+    sak("index", *options)
+    sak("extract-teachers", *options)
+
+    monkeypatch.setattr(teachers_module, "CODE_VERSION", 99)
+    refused = sak("train-student", "distill", *options, code=2)
+    assert "code_version: store has 1, asked for 99" in refused
+    monkeypatch.undo()
+    monkeypatch.setattr(teachers_module, "probe_digest", lambda *_: "another")
+    refused = sak("train-student", "distill", *options, code=2)
+    assert "probe_sha256" in refused
+    monkeypatch.undo()
+    save_file({name: value + 1 for name, value in model.state_dict().items()}, checkpoint)
+    refused = sak("train-student", "distill", *options, code=2)
+    assert "checkpoint_sha256" in refused
+    assert "sak extract-teachers first --replace" in refused
+    checkpoint.unlink()  # weights are not needed where the student is trained
+    sak("train-student", "distill", *options)
 
 
 @pytest.mark.parametrize(
