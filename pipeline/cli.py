@@ -90,12 +90,25 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
 @app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
 def inspect(
     store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG to draw: principal components of each level.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Id of an image to draw; may be repeated.")
+    ] = None,
+    params: Annotated[
+        Path | None, typer.Option(help="Parameter file whose data the picture's images come from.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store holds: teachers, levels, grids, bytes, coverage, provenance."""
     from pipeline import tables
 
     result = tables.inspect(store)
+    if picture is not None:
+        from pipeline.picture import with_picture
+
+        result = with_picture(result, store, picture, image or [], params)
     console.show(store, result, as_json)
 
 
