@@ -100,12 +100,27 @@ def inspect(
     quarantined: Annotated[
         bool, typer.Option("--quarantined", help="List every unusable image and why.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG to draw: principal components of each level.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Id of an image to draw; may be repeated.")
+    ] = None,
+    params: Annotated[
+        Path | None, typer.Option(help="Parameter file whose data the picture's images come from.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store holds: teachers, levels, grids, bytes, coverage, provenance."""
     from pipeline import tables
 
     result = tables.quarantined(store) if quarantined else tables.inspect(store)
+    if picture is None and (image or params):
+        raise typer.BadParameter("--image and --params say what --picture draws; add --picture")
+    if picture is not None:
+        from pipeline.picture import with_picture
+
+        result = with_picture(result, store, picture, image or [], params)
     console.show(store, result, as_json)
 
 

@@ -87,9 +87,13 @@ def codec_layouts(target: Target, stored: StoredCodec) -> dict[str, ArrayLayout]
 
 
 def with_rows_per_shard(layout: "TeacherLayout", shard_bytes: int) -> "TeacherLayout":
-    """Return the layout cut so that a shard of the largest array has about `shard_bytes`."""
-    largest = max(array.row_bytes for array in layout.features().values())
-    rows = max(1, min(MAX_ROWS_PER_SHARD, shard_bytes // largest))
+    """Return the layout cut so that shards of a teacher's arrays have `shard_bytes` on average.
+
+    All arrays are cut at the same rows, so this, and not the largest array, decides how many files
+    a store has.
+    """
+    sizes = [array.row_bytes for array in layout.features().values()]
+    rows = max(1, min(MAX_ROWS_PER_SHARD, shard_bytes * len(sizes) // sum(sizes)))
     return replace(layout, rows_per_shard=rows)
 
 

@@ -100,7 +100,8 @@ def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
             for target in spec.targets
         }
     layout = TeacherLayout(spec=spec, rows=1, rows_per_shard=1, codecs=codecs)
-    return rows_per_shard * max(array.row_bytes for array in layout.features().values())
+    sizes = [array.row_bytes for array in layout.features().values()]
+    return -(-rows_per_shard * sum(sizes) // len(sizes))
 
 
 def write_rows(

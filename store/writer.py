@@ -60,7 +60,7 @@ class FeatureWriter:
     ) -> "FeatureWriter":
         """Begin or resume a teacher in a store made by `create_store`.
 
-        `shard_bytes` bounds the size of the largest array's shard files; `covariance` gathers the
+        `shard_bytes` is the mean size of the arrays' shard files; `covariance` gathers the
         covariance of each level's channels too; `calibrate` is called where the teacher's codec
         has to be fitted first. A teacher that is resumed keeps the rows per shard, the covariances
         and the codecs it was begun with.

@@ -94,7 +94,7 @@ class ExtractConfig(BaseModel):
     """Images that codecs are fitted to, every fifth of them only to measure what is lost."""
 
     shard_megabytes: Annotated[int, Field(ge=1)] = 256
-    """Size of a shard file in MiB: the unit that is written, resumed and checked as a whole."""
+    """Mean size of a shard file in MiB: the unit that is written, resumed and checked as a whole."""
 
     covariance: bool = False
     """Gather the covariance of each level's channels while extracting, which PHI-S and whitening

@@ -325,12 +325,12 @@ def test_every_image_quarantined_cannot_finish(tmp_path: Path) -> None:
         write_store(tmp_path, sample_images(2, quarantined=[0, 1]), SPEC)
 
 
-def test_shards_are_bounded_by_the_largest_level() -> None:
+def test_shards_have_the_asked_size_on_average() -> None:
     level = LevelSpec(name="a", grid=(12, 16), channels=96)
     spec = TeacherSpec(
         name="t", levels=(level, replace(level, name="b", channels=1)), provenance={}
     )
     layout = TeacherLayout(spec=spec, rows=9, rows_per_shard=1)
-    assert with_rows_per_shard(layout, 128 * 2**20).rows_per_shard == 3640
+    assert with_rows_per_shard(layout, 128 * 2**20).rows_per_shard == 7206
     assert with_rows_per_shard(layout, 1).rows_per_shard == 1
     assert with_rows_per_shard(layout, 2**40).rows_per_shard == MAX_ROWS_PER_SHARD
