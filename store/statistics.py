@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from store.codecs import Values
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Statistics:
@@ -49,7 +51,7 @@ class Moments:
     @classmethod
     def of(
         cls,
-        values: NDArray[np.float16],
+        values: Values,
         scratch: NDArray[np.float64],
         product: NDArray[np.float64] | None = None,
     ) -> "Moments":

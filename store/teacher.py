@@ -28,7 +28,7 @@ from store.files import remove_partials, remove_tree
 from store.layout import METADATA, group_document
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
-from store.stored_codecs import describe_codec, write_codec
+from store.stored_codecs import check_codec, describe_codec, write_codec
 from store.tables import RootRecord
 from store.teacher_layout import StoredCodec, TeacherLayout, with_rows_per_shard
 
@@ -137,6 +137,11 @@ def read_record(folder: StorePath) -> TeacherRecord:
     if wrong or record.spec.name != folder.name:
         detail = ", ".join(wrong) or f"it describes teacher {record.spec.name!r}"
         raise StoreDamagedError(f"{path} contradicts itself ({detail}); delete {folder}")
+    try:
+        for target in record.spec.targets if record.codecs else ():
+            check_codec(record.spec.codec, target, record.codecs[target.name])
+    except StoreDamagedError as error:
+        raise StoreDamagedError(f"{path} is damaged: {error}") from error
     return record
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.calibration import Calibration, FittedTarget
 from store.create import create_store
 from store.remote import StorePath
 from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
@@ -35,16 +36,29 @@ def sample_views(rows: int, views_per_image: int = 1) -> ViewTable:
 
 
 def sample_teacher(
-    name: str = "small", *, global_channels: int | None = 5, **provenance: Any
+    name: str = "small",
+    *,
+    global_channels: int | None = 5,
+    codec: str = "float16",
+    pyramid: bool = False,
+    **provenance: Any,
 ) -> TeacherSpec:
-    """Return a hierarchical teacher of two levels, (3, 4) x 6 and (2, 2) x 8."""
+    """Return a hierarchical teacher of two levels, (3, 4) x 6 and (2, 2) x 8.
+
+    With a pyramid, the first is stored at (2, 2) too, the second at (1, 1).
+    """
     return TeacherSpec(
         name=name,
         levels=(
-            LevelSpec(name="stage_1", grid=(3, 4), channels=6),
-            LevelSpec(name="stage_2", grid=(2, 2), channels=8),
+            LevelSpec(
+                name="stage_1", grid=(3, 4), channels=6, stored=((3, 4), (2, 2)) if pyramid else ()
+            ),
+            LevelSpec(
+                name="stage_2", grid=(2, 2), channels=8, stored=((2, 2), (1, 1)) if pyramid else ()
+            ),
         ),
         global_channels=global_channels,
+        codec=codec,
         provenance={"model": name, "weights_sha256": "ab" * 32, **provenance},
     )
 
@@ -65,6 +79,15 @@ def sample_features(spec: TeacherSpec, rows: range) -> dict[str, NDArray[np.floa
         )
         for index, (name, shape) in enumerate(shapes.items())
     }
+
+
+def sample_codecs(spec: TeacherSpec, first_row: int = 0) -> dict[str, FittedTarget]:
+    """Return the teacher's codecs, fitted to five rows from `first_row` on."""
+    calibration = Calibration(spec, 5)
+    for row in range(first_row, first_row + 5):
+        features = sample_features(spec, range(row, row + 1))
+        calibration.add({name: rows[0] for name, rows in features.items()}, held_out=row % 2 == 1)
+    return calibration.fit(spec.codec)
 
 
 def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
@@ -96,7 +119,9 @@ def write_store(
     create_store(path, images, sample_views(rows, views_per_image))
     valid = np.repeat([status == "ok" for status in images.statuses], views_per_image)
     size = sample_shard_bytes(spec, rows_per_shard)
-    with FeatureWriter.open(path, spec, size, covariance=covariance) as writer:
+    with FeatureWriter.open(
+        path, spec, size, covariance=covariance, calibrate=lambda: sample_codecs(spec)
+    ) as writer:
         for shard in writer.missing():
             write_rows(writer, spec, shard, valid)
         writer.finish()
