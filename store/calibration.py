@@ -3,6 +3,7 @@
 Only tokens are kept, as many from every row, so that memory does not grow with the rows.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from store.errors import StoreError
 from store.fit import fit_codec, stack
 from store.pyramid import area_average
 from store.spec import Target, TeacherSpec
+from store.values import check_values
 
 MAX_TOKENS = 32_768
 """Tokens of a target that are kept for fitting, and again as many for measuring."""
@@ -48,23 +50,37 @@ class _Sample:
     """Tiles of T x T tokens, gathered row by row."""
 
     tiles: list[_Tiles] = field(default_factory=list)
+    rows: int = 0
+    kept: int = 0
 
-    def add(self, row: NDArray[np.float32], edge: int, count: int, seed: int) -> None:
-        """Keep `count` tiles of a row (H, W, C), or all; which ones depends on `seed` alone."""
+    def add(self, row: NDArray[np.float32], edge: int, share: float, seed: int) -> None:
+        """Keep tiles of a row (H, W, C), up to `share` of MAX_TOKENS a row so far and no more.
+
+        Which ones depends on `seed` alone. A row may come without any, the first one never does.
+        """
+        self.rows += 1
+        most = MAX_TOKENS // edge**2
+        count = min(most, math.ceil(most * self.rows * share)) - self.kept
         height, width, channels = row.shape
         grid = row.reshape(height // edge, edge, width // edge, edge, channels).swapaxes(1, 2)
         every = grid.reshape(-1, edge, edge, channels)
         chosen = np.random.default_rng(seed).permutation(len(every))[:count]
         self.tiles.append(every[np.sort(chosen)])
+        self.kept += len(chosen)
 
 
 class Calibration:
     """Gathers tokens of every target of a teacher; then fits any codec, any number of times.
 
-    `rows` is how many rows will be added to either half, to spread the tokens evenly over them.
+    `rows` is how many rows will be added to both halves, to spread the tokens evenly over them.
+
+    Raises:
+        StoreError: fewer than two rows, one for either half.
     """
 
     def __init__(self, spec: TeacherSpec, rows: int) -> None:
+        if rows < 2:
+            raise StoreError(f"a codec is fitted to rows and measured on others, got {rows} in all")
         self.spec = spec
         self._rows = rows
         self._fitted = {target.name: _Sample() for target in spec.targets}
@@ -72,13 +88,18 @@ class Calibration:
         self._added = 0
 
     def add(self, levels: Mapping[str, NDArray[np.floating[Any]]], *, held_out: bool) -> None:
-        """Take one row, (H, W, C) of each level by name, to fit to or to measure on."""
+        """Take one row, (H, W, C) of each level by name, to fit to or to measure on.
+
+        Raises:
+            StoreError: the row holds NaN or infinity.
+        """
         samples = self._held_out if held_out else self._fitted
         for target in self.spec.targets:
-            row = area_average(np.asarray(levels[target.level], np.float32), target.grid)
-            edge = tile_edge(target)
-            count = -(-MAX_TOKENS // (self._rows * edge**2))
-            samples[target.name].add(row, edge, count, self._added)
+            row = np.asarray(levels[target.level], np.float32)
+            where = f"calibration, level {target.level!r}"
+            check_values(row[None], np.ones(1, bool), self._added, where, np.inf)
+            averaged = area_average(row, target.grid)
+            samples[target.name].add(averaged, tile_edge(target), 1 / self._rows, self._added)
         self._added += 1
 
     def fit(self, codec: str) -> dict[str, FittedTarget]:

@@ -2,20 +2,19 @@
 
 A codec is made once per (level, resolution) from calibration rows, see `store.calibrate`, and then
 only encodes and decodes. Every row is worked on alone, so that the same bits come out whatever
-batch it came in.
+batch it came in and however it lay in memory (a product of matrices depends on that).
 
 Shapes: `H W` grid, `C` channels, `K` kept components, `D` values of a block of tokens.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreDamagedError, StoreError
+from store.errors import StoreError
 
 FLOATS = {"float32": "<f4", "float16": "<f2"}
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -131,7 +130,7 @@ class Int8Codec(_Fitted):
 
     def encode(self, row: Values) -> Codes:
         """Return the codes (H, W, K) nearest on the square-law scale."""
-        values = np.asarray(row, np.float32) - self.offset
+        values = np.ascontiguousarray(row, np.float32) - self.offset
         if self.rotation is not None:
             values = values @ self.rotation.T.astype(np.float32)
         steps = np.sqrt(np.abs(values) / self.scale)
@@ -148,18 +147,6 @@ class Int8Codec(_Fitted):
         values += self.offset
         return values
 
-    def check(self, channels: int) -> None:
-        """Refuse parameters that do not fit each other.
-
-        Raises:
-            StoreDamagedError: their shapes contradict each other or the level.
-        """
-        kept = self.scale.shape
-        rotation = (channels,) if self.rotation is None else self.rotation.shape
-        expected = kept if self.rotation is None else (*kept, channels)
-        if rotation != expected or len(kept) != 1 or self.offset.shape != (channels,):
-            raise StoreDamagedError("the int8 codec's arrays do not fit each other")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BitCodec(_Fitted):
@@ -170,8 +157,9 @@ class BitCodec(_Fitted):
         values = tokens * np.linalg.norm(tokens, axis=-1, keepdims=True)   # tokens of the blocks
 
     What is coded is a token over the root of its norm, so that small tokens, whose direction counts
-    as much in a cosine, get smaller errors without a gain beside them. `byte`, `shift`, `mask`, `first` (K,) say where the steps of a component lie in a token's bytes
-    and where its entries begin in `table`. Blocks of `block` x `block` tokens (one: the token) are
+    as much in a cosine, get smaller errors without a gain beside them. `byte`, `shift`, `mask`,
+    `first` (K,) say where the steps of a component lie in a token's bytes and where its entries
+    begin in `table`. Blocks of `block` x `block` tokens (one: the token) are
     coded together where a level has so few channels that its neighbours tell more than they do.
     """
 
@@ -196,7 +184,7 @@ class BitCodec(_Fitted):
 
     def encode(self, row: Values) -> Codes:
         """Return the nearest codes."""
-        blocks = to_blocks(compress(np.asarray(row, np.float32)), int(self.block))
+        blocks = to_blocks(compress(np.ascontiguousarray(row, np.float32)), int(self.block))
         components = (blocks - self.mean) @ self.rotation.T.astype(np.float32)
         codes = np.zeros(self.stored_shape(row.shape), np.uint8)
         for index, (byte, shift) in enumerate(zip(self.byte, self.shift, strict=True)):
@@ -219,26 +207,6 @@ class BitCodec(_Fitted):
         start = self.first[index]
         entries = self.table[start : start + int(self.mask[index]) + 1]
         return ((entries[1:] + entries[:-1]) / 2).astype(np.float32)
-
-    def check(self, channels: int) -> None:
-        """Refuse parameters that do not fit each other.
-
-        Raises:
-            StoreDamagedError: their shapes or values contradict each other or the level.
-        """
-        width = int(self.block) ** 2 * channels if self.block.shape == () else -1
-        kept = self.byte.shape
-        columns = (self.shift.shape, self.mask.shape, self.first.shape)
-        fits = (
-            self.rotation.shape == (*kept, width)
-            and self.mean.shape == (width,)
-            and columns == (kept,) * 3
-            and np.all(self.byte >= 0)
-            and np.all(self.first >= 0)
-            and np.all(self.first.astype(np.int64) + self.mask < len(self.table))
-        )
-        if not fits:
-            raise StoreDamagedError("the low-rate codec's arrays do not fit each other")
 
 
 Codec = FloatCodec | Int8Codec | BitCodec
@@ -266,21 +234,3 @@ def from_blocks(blocks: NDArray[np.float32], edge: int) -> NDArray[np.float32]:
     height, width, values = blocks.shape
     tiles = blocks.reshape(height, width, edge, edge, values // edge**2)
     return tiles.swapaxes(1, 2).reshape(height * edge, width * edge, -1)
-
-
-def restore_codec(name: str, parameters: Mapping[str, NDArray[Any]], channels: int) -> Codec:
-    """Return the codec that `parameters` gave.
-
-    Raises:
-        StoreDamagedError: the arrays are not those of this codec, or do not fit each other.
-    """
-    parsed = parse_codec(name)
-    if parsed.is_float:
-        return FloatCodec(dtype=FLOATS[name])
-    kind = Int8Codec if parsed.bits is None else BitCodec
-    try:
-        codec = kind(**parameters)
-    except TypeError as error:
-        raise StoreDamagedError(f"these are not the arrays of codec {name}: {error}") from error
-    codec.check(channels)
-    return codec

@@ -6,10 +6,11 @@ one-pass parallel computation of covariances and arbitrary-order statistical mom
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from store.codecs import Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,7 +51,7 @@ class Moments:
     @classmethod
     def of(
         cls,
-        values: NDArray[np.floating[Any]],
+        values: Values,
         scratch: NDArray[np.float64],
         product: NDArray[np.float64] | None = None,
     ) -> "Moments":

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from store.calibration import Fidelity, FittedTarget
 from store.chunks import read_array, write_array
-from store.codecs import parse_codec, restore_codec
+from store.codecs import parse_codec
 from store.errors import StoreDamagedError, StoreError
 from store.remote import StorePath
+from store.restore import block_edge, check_forms, restore_codec
 from store.spec import Target, TeacherSpec
 from store.teacher_layout import StoredCodec, codec_folder, codec_layouts
 
@@ -71,6 +72,29 @@ def describe_codec(name: str, target: Target, fitted: FittedTarget) -> StoredCod
     )
 
 
+def check_codec(name: str, target: Target, stored: StoredCodec) -> None:
+    """Refuse a description that no codec of that name gives for the target; opens no file.
+
+    Raises:
+        StoreDamagedError: another codec, or arrays or rows of other dtypes or shapes.
+    """
+    forms = dict(stored.parameters)
+    if stored.name != name or forms.pop("fidelity", None) != ("<f8", (3,)):
+        raise StoreDamagedError(f"target {target.name} should have codec {name} and its fidelity")
+    check_forms(name, forms, target.channels)
+    kept = forms["scale" if "scale" in forms else "byte"][1][0]
+    edge, dtype = 1, "|i1"
+    if parse_codec(name).bits is not None:
+        edge, dtype = block_edge(forms["mean"][1][0], target.channels), "|u1"
+        kept = min((kept, *stored.row_shape[-1:]))  # bytes: each holds a component
+    blocks = tuple(side // edge for side in target.grid)
+    whole = tuple(side * edge for side in blocks) == target.grid
+    if not whole or (stored.dtype, stored.row_shape) != (dtype, (*blocks, kept)):
+        raise StoreDamagedError(
+            f"rows of target {target.name} cannot be {stored.dtype} {stored.row_shape}"
+        )
+
+
 def write_codec(
     folder: StorePath, target: Target, stored: StoredCodec, fitted: FittedTarget
 ) -> None:
@@ -86,16 +110,17 @@ def read_codec(folder: StorePath, target: Target, stored: StoredCodec) -> Fitted
     Raises:
         StoreDamagedError: its arrays are not those that were written with the teacher.
     """
+    check_codec(stored.name, target, stored)
     arrays = {
         name: read_array(folder, layout) for name, layout in codec_layouts(target, stored).items()
     }
     where = folder / codec_folder(target)
     if _digest(arrays) != stored.digest:
         raise StoreDamagedError(f"{where} does not have the digest that the teacher records")
-    figures = arrays.pop("fidelity", np.empty(0))
+    figures = arrays.pop("fidelity")
     codec = restore_codec(stored.name, arrays, target.channels)
     row = (*target.grid, target.channels)
-    if codec.stored_shape(row) != stored.row_shape or figures.shape != (3,):
+    if codec.stored_shape(row) != stored.row_shape or not np.isfinite(figures).all():
         raise StoreDamagedError(f"{where} does not fit a level of {row}")
     mean, low, error = (float(value) for value in figures)
     fidelity = Fidelity(cosine_mean=mean, cosine_p01=low, relative_l2=error)

@@ -27,7 +27,12 @@ from store.files import remove_partials, remove_tree
 from store.layout import METADATA, group_document
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
-from store.stored_codecs import Calibrate, calibrate_codecs, read_stored_codecs
+from store.stored_codecs import (
+    Calibrate,
+    calibrate_codecs,
+    check_codec,
+    read_stored_codecs,
+)
 from store.tables import RootRecord, read_images, read_root, read_views
 from store.teacher_layout import StoredCodec, TeacherLayout, with_rows_per_shard
 
@@ -133,6 +138,11 @@ def read_record(folder: StorePath) -> TeacherRecord:
     if wrong or record.spec.name != folder.name:
         detail = ", ".join(wrong) or f"it describes teacher {record.spec.name!r}"
         raise StoreDamagedError(f"{path} contradicts itself ({detail}); delete {folder}")
+    try:
+        for target in record.spec.targets if record.codecs else ():
+            check_codec(record.spec.codec, target, record.codecs[target.name])
+    except StoreDamagedError as error:
+        raise StoreDamagedError(f"{path} is damaged: {error}") from error
     return record
 
 

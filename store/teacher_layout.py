@@ -129,11 +129,13 @@ class TeacherLayout:
     def _target(self, target: Target) -> ArrayLayout:
         stored = self.codecs.get(target.name)
         row: tuple[int, ...] = (*target.grid, target.channels)
+        # Names of their own, for xarray allows one length per name in a group.
+        own = "" if target.resolution == "native" else f"_{target.resolution}"
+        axes = f"y{own}", f"x{own}"
         if stored is None:
-            dtype = FLOATS[self.spec.codec]
-            return self._feature(target.name, dtype, row, ("y", "x", "channel"))
-        last = "channel" if stored.row_shape == row else "code"
-        return self._feature(target.name, stored.dtype, stored.row_shape, ("y", "x", last))
+            return self._feature(target.name, FLOATS[self.spec.codec], row, (*axes, "channel"))
+        last = "channel" if stored.row_shape == row else f"code{own}"
+        return self._feature(target.name, stored.dtype, stored.row_shape, (*axes, last))
 
     def _feature(
         self, path: str, dtype: str, row_shape: tuple[int, ...], dimensions: tuple[str, ...]

@@ -46,15 +46,26 @@ def sample_teacher(
     global_channels: int | None = 5,
     codec: str = "float16",
     stored: tuple[Grid, ...] = (),
+    pyramid: bool = False,
     **provenance: Any,
 ) -> TeacherSpec:
-    """Return a hierarchical teacher of two levels, (3, 4) x 6, kept as `stored`, and (2, 2) x 8."""
+    """Return a hierarchical teacher of two levels, (3, 4) x 6, kept as `stored`, and (2, 2) x 8.
+
+    With a pyramid, the first is stored at (2, 2) too, the second at (1, 1).
+    """
     return TeacherSpec(
         name=name,
         codec=codec,
         levels=(
-            LevelSpec(name="stage_1", grid=(3, 4), channels=6, stored=stored),
-            LevelSpec(name="stage_2", grid=(2, 2), channels=8),
+            LevelSpec(
+                name="stage_1",
+                grid=(3, 4),
+                channels=6,
+                stored=((3, 4), (2, 2)) if pyramid else stored,
+            ),
+            LevelSpec(
+                name="stage_2", grid=(2, 2), channels=8, stored=((2, 2), (1, 1)) if pyramid else ()
+            ),
         ),
         global_channels=global_channels,
         provenance={"model": name, "weights_sha256": "ab" * 32, **provenance},
@@ -79,10 +90,10 @@ def sample_features(spec: TeacherSpec, rows: range) -> dict[str, NDArray[np.floa
     }
 
 
-def sample_codecs(spec: TeacherSpec, rows: int = 8) -> dict[str, FittedTarget]:
-    """Return the codecs of a teacher, fitted to one half of that many sample features."""
-    calibration = Calibration(spec, -(-rows // 2))
-    for row in range(rows):
+def sample_codecs(spec: TeacherSpec, rows: int = 8, first_row: int = 0) -> dict[str, FittedTarget]:
+    """Return the codecs of a teacher, fitted to one half of `rows` sample features."""
+    calibration = Calibration(spec, rows)
+    for row in range(first_row, first_row + rows):
         features = sample_features(spec, range(row, row + 1))
         calibration.add(
             {name: values[0] for name, values in features.items()}, held_out=row % 2 == 1
