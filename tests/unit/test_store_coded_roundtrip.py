@@ -34,7 +34,7 @@ CODECS = ["float16", "float32", "int8", "int8-pca", "int8-pca3", "pca-2bit", "pc
 @lru_cache
 def prepared(codec: str, first_row: int = 0) -> tuple[TeacherSpec, dict[str, FittedTarget]]:
     spec = sample_teacher(codec=codec, pyramid=True)
-    return spec, sample_codecs(spec, first_row)
+    return spec, sample_codecs(spec, first_row=first_row)
 
 
 @settings(max_examples=6, deadline=None)
