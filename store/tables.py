@@ -117,6 +117,24 @@ def _column(group: str, name: str, shape: tuple[int, ...]) -> ArrayLayout:
     return table_layout(f"{group}/{name}", _DTYPES[name], shape, dimensions)
 
 
+def table_layouts(images: ImageTable, rows: int) -> list[ArrayLayout]:
+    """Return the layouts of the columns that hold these images and so many views."""
+    widths = {name: _encode_text(texts).shape[1] for name, texts in
+              (("id", images.ids), ("status", images.statuses))}  # fmt: skip
+    extents: dict[str, tuple[int, ...]] = {
+        **{name: (width,) for name, width in widths.items()},
+        "sha256": (_SHA256_BYTES,),
+        "height": (),
+        "width": (),
+    }
+    return [
+        *(_column("images", name, (len(images), *extent)) for name, extent in extents.items()),
+        _column("views", "box", (rows, 4)),
+        _column("views", "flip", (rows,)),
+        _column("views", "seed", (rows,)),
+    ]
+
+
 def _encode_text(texts: tuple[str, ...]) -> NDArray[np.uint8]:
     encoded = np.array([text.encode() for text in texts])  # dtype S<longest>
     return encoded.view(np.uint8).reshape(len(texts), encoded.itemsize)
