@@ -52,7 +52,7 @@ def plan(
     ] = None,
     measure_images: Annotated[
         int, typer.Option(min=2, help="Images to measure on; more measure the codecs better.")
-    ] = 8,
+    ] = 32,
     epochs: Annotated[
         float | None,
         typer.Option(min=0, help="Epochs to compare with online teachers; else those of distill."),

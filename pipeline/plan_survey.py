@@ -30,7 +30,6 @@ class PlanRequest:
     price_per_hour: float | None = None
     images: int | None = None
     epochs: float | None = None
-    disk_bytes: int = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from store.sizes import tables_size
 from store.spec import Grid
 
 LADDER = ("float32", "float16", "int8", "pca-6bit", "pca-4bit", "pca-3bit", "pca-2bit")
+DISK_BYTES = 256 * 2**20
 _MAX_BAD = 0.5  # of the sample; `sak index` holds the whole set to the parameter file's share
 
 
@@ -100,7 +101,7 @@ def survey(params: Params, request: PlanRequest, progress: Progress) -> Survey:
         costs=costs,
         images=images,
         tables=tables,
-        disk=measure_disk(store, request.disk_bytes) if isinstance(store, Path) else None,
+        disk=measure_disk(store, DISK_BYTES) if isinstance(store, Path) else None,
         there=bytes_there(store, list(costs)) if isinstance(store, Path) else 0,
         device=device.type,
         student_grid=grid,
