@@ -16,7 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Distil several frozen vision models into one student, through a store of their features.",
-    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 3 verify found something, "
+    "130 interrupted.",
 )
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
@@ -25,13 +26,19 @@ DEFAULT_PARAMS = Path("params.yaml")
 
 
 @app.command(epilog="Example: sak index --params params.yaml")
-def index(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
+def index(
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the images that the store does not list yet.")
+    ] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
     """List and check the images, render them first for the scenes recipe, and open the store."""
     from pipeline import indexing
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = indexing.index(load_params(params), bar)
+        result = indexing.index(load_params(params), append, bar)
     console.show("image set", two_columns(dataclasses.asdict(result)), as_json)
 
 
@@ -137,13 +144,73 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> No
 @app.command(epilog="Example: sak inspect artifacts/features.zarr --json")
 def inspect(
     store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
+    quarantined: Annotated[
+        bool, typer.Option("--quarantined", help="List every unusable image and why.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store holds: teachers, levels, grids, bytes, coverage, provenance."""
     from pipeline import tables
 
-    result = tables.inspect(store)
+    result = tables.quarantined(store) if quarantined else tables.inspect(store)
     console.show(store, result, as_json)
+
+
+@app.command(epilog="Example: sak verify artifacts/features.zarr --live; exit code 3: findings")
+def verify(
+    store: Annotated[str, typer.Argument(help="Folder or URL of a feature store.")],
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Check this teacher only; may be given repeatedly.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Metadata, sizes and marks only; no features are read.")
+    ] = False,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Compute some rows again with the parameter file's teachers."),
+    ] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Rows per teacher that --live computes.")] = 16,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Have extract-teachers compute damaged shards again."),
+    ] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a store, audit its features, and compare them with the live teacher."""
+    from pipeline import verification
+    from pipeline.params import load_params
+
+    request = verification.LiveRequest(params=load_params(params), sample=sample) if live else None
+    with console.progress_bar(not as_json) as bar:
+        result, clean = verification.verify_store(store, teacher or [], quick, repair, request, bar)
+    console.show(store, result, as_json)
+    if not clean:
+        raise typer.Exit(3)
+
+
+@app.command(epilog="Example: sak gc --delete")
+def gc(
+    store: Annotated[
+        str | None,
+        typer.Argument(help="Folder or URL of a feature store; that of --params if left out."),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Drop this teacher, and no other; may be repeated.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed.")] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """List, or delete, teachers that the parameter file does not name and what killed runs left."""
+    from pipeline import collecting
+    from pipeline.params import load_params
+
+    if store is None:
+        result = collecting.collect_params(load_params(params), teacher or [], delete)
+    else:
+        result = collecting.collect(store, teacher or [], delete)
+    console.show("garbage", result, as_json)
 
 
 @app.command(epilog="Example: sak probe --json")

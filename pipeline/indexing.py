@@ -1,4 +1,4 @@
-"""`sak index`: render the scenes if asked for, check images and labels, create the store."""
+"""`sak index`: render the scenes if asked for, check images and labels, create or grow the store."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,10 @@ from stages.data.dataset import open_dataset
 from stages.data.images import OK, index_images
 from stages.data.view import whole_image_box
 from stages.progress import Progress
+from store.append import append_images, in_stored_order
 from store.create import create_store
+from store.layout import METADATA
+from store.remote import locate
 from store.spec import ImageTable, ViewTable
 
 
@@ -27,15 +30,22 @@ class IndexSummary:
     images_digest: str
 
 
-def index(params: Params, progress: Progress) -> IndexSummary:
-    """Render the scenes if the recipe wants them, check images and labels, create the store."""
+def index(params: Params, append: bool, progress: Progress) -> IndexSummary:
+    """Render the scenes if the recipe wants them, check images and labels, create the store.
+
+    With `append` a store that is there grows by the images that it does not list yet.
+    """
     if isinstance(params.data, ScenesData):
         _render(params.data, params.image_size, progress)
     dataset = open_dataset(params.data).with_tasks(params.tasks)
     for split in dataset.splits:
         dataset.check_labels(split)
     images = index_images(dataset.images, params.data.max_bad, progress)
-    create_store(params.store, images, whole_image_views(images, params.image_size))
+    if append:
+        images = in_stored_order(params.store, images)
+    there = (locate(params.store) / METADATA).exists()
+    place = append_images if append and there else create_store
+    place(params.store, images, whole_image_views(images, params.image_size))
     return IndexSummary(
         images=len(images),
         quarantined={

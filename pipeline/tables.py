@@ -9,6 +9,10 @@ from pipeline.params import load_params
 from pipeline.report import Report
 from stages.extract.known import TeacherDescription, describe_teachers
 from store.inspect import StoreSummary, TeacherSummary, summarise
+from store.remote import locate
+from store.tables import read_images
+
+_SHOWN = 20
 
 
 def inspect(path: str) -> Report:
@@ -50,9 +54,25 @@ def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
         remarks.append(
             f"{teacher.name}: weights {weights}, {licence}, fingerprint {teacher.fingerprint[:16]}"
         )
-    for image_id, reason in summary.quarantined.items():
-        remarks.append(f"quarantined: {image_id}: {reason}")
-    return tuple(remarks)
+    bad = [f"quarantined: {name}: {reason}" for name, reason in summary.quarantined.items()]
+    more = [f"and {len(bad) - _SHOWN} more, `--quarantined` lists all"] if bad[_SHOWN:] else []
+    return (*remarks, *bad[:_SHOWN], *more)
+
+
+def quarantined(path: str) -> Report:
+    """List the images of a store that could not be used, and why."""
+    images = read_images(locate(path))
+    bad = {
+        name: status
+        for name, status in zip(images.ids, images.statuses, strict=True)
+        if status != "ok"
+    }
+    return Report(
+        columns=("image", "reason"),
+        rows=tuple(bad.items()),
+        data={"images": len(images), "quarantined": bad},
+        remarks=(f"{len(bad)} of {len(images)} images",),
+    )
 
 
 def teachers(path: Path) -> Report:

@@ -65,7 +65,7 @@ class Calibration:
     """
 
     def __init__(self, spec: TeacherSpec, rows: int) -> None:
-        self._spec = spec
+        self.spec = spec
         self._rows = rows
         self._fitted = {target.name: _Sample() for target in spec.targets}
         self._held_out = {target.name: _Sample() for target in spec.targets}
@@ -74,7 +74,7 @@ class Calibration:
     def add(self, levels: Mapping[str, NDArray[np.floating[Any]]], *, held_out: bool) -> None:
         """Take one row, (H, W, C) of each level by name, to fit to or to measure on."""
         samples = self._held_out if held_out else self._fitted
-        for target in self._spec.targets:
+        for target in self.spec.targets:
             row = area_average(np.asarray(levels[target.level], np.float32), target.grid)
             edge = tile_edge(target)
             count = -(-MAX_TOKENS // (self._rows * edge**2))
@@ -91,7 +91,7 @@ class Calibration:
         Raises:
             StoreError: no such codec, no rows, or a target that it cannot serve.
         """
-        return {target.name: self.fit_target(codec, target) for target in self._spec.targets}
+        return {target.name: self.fit_target(codec, target) for target in self.spec.targets}
 
     def fit_target(self, codec: str, target: Target) -> FittedTarget:
         """Return the codec of one target.
@@ -99,11 +99,21 @@ class Calibration:
         Raises:
             StoreError: see `fit`.
         """
-        fitted, held_out = self._fitted[target.name].tiles, self._held_out[target.name].tiles
-        if not fitted or not held_out:
-            raise StoreError(f"codec {codec} needs rows to fit to and others to measure on")
-        found = fit_codec(codec, np.concatenate(fitted))
-        return FittedTarget(codec=found, fidelity=measure(found, np.concatenate(held_out)))
+        fitted, held_out = self.tokens(target)
+        found = fit_codec(codec, fitted)
+        return FittedTarget(codec=found, fidelity=measure(found, held_out))
+
+    def tokens(self, target: Target) -> tuple[_Tiles, _Tiles]:
+        """Return the tiles (S, T, T, C) of a target to fit to, and those to measure on.
+
+        Raises:
+            StoreError: there are none of one kind.
+        """
+        samples = self._fitted[target.name], self._held_out[target.name]
+        if not all(sample.tiles for sample in samples):
+            raise StoreError("a codec needs rows to fit to and others to measure on")
+        fitted, held_out = (np.concatenate(sample.tiles) for sample in samples)
+        return fitted, held_out
 
 
 def tile_edge(target: Target) -> int:

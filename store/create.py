@@ -1,21 +1,14 @@
 """Makes a store: its root, images and views, at once or not at all; teachers come later."""
 
-import shutil
 from pathlib import Path
 
-from store.documents import write_document
 from store.errors import StoreError, StoreMismatchError, difference
-from store.files import (
-    creation_lock,
-    full_disk_refused,
-    partial_path,
-    remove_tree,
-    sync_folder,
-)
-from store.layout import METADATA, group_document
+from store.files import creation_lock, full_disk_refused
+from store.layout import METADATA
 from store.remote import StorePath, locate
 from store.spec import ImageTable, ViewTable
-from store.tables import RootRecord, read_images, read_root, write_tables
+from store.swap import replace_tables, settle
+from store.tables import RootRecord, read_images, read_root
 
 
 def create_store(path: str | StorePath, images: ImageTable, views: ViewTable) -> None:
@@ -29,6 +22,24 @@ def create_store(path: str | StorePath, images: ImageTable, views: ViewTable) ->
         StoreError: the path holds something that is no feature store.
     """
     path = locate(path)
+    record = root_of(images, views)
+    if not isinstance(path, Path) and _is_there(path, record, images):
+        return  # without a lease, which takes the right to write
+    with creation_lock(path):
+        settle(path)
+        if _is_there(path, record, images):
+            return
+        _refuse_foreign(path)
+        with full_disk_refused(path, lambda: "Nothing was written"):
+            replace_tables(path, record, images, views)
+
+
+def root_of(images: ImageTable, views: ViewTable) -> RootRecord:
+    """Return what the root of a store of these images and views says.
+
+    Raises:
+        StoreError: the views are not those of so many images.
+    """
     record = RootRecord(
         images=len(images),
         images_digest=images.digest(),
@@ -38,14 +49,7 @@ def create_store(path: str | StorePath, images: ImageTable, views: ViewTable) ->
     )
     if len(views) != record.rows:
         raise StoreError(f"{record.rows} rows are needed, the view table has {len(views)}")
-    if not isinstance(path, Path) and _is_there(path, record, images):
-        return  # without a lease, which takes the right to write
-    with creation_lock(path):
-        if _is_there(path, record, images):
-            return
-        _refuse_foreign(path)
-        with full_disk_refused(path, lambda: "Nothing was written"):
-            _build(path, record, images, views)
+    return record
 
 
 def _is_there(path: StorePath, record: RootRecord, images: ImageTable) -> bool:
@@ -53,31 +57,6 @@ def _is_there(path: StorePath, record: RootRecord, images: ImageTable) -> bool:
     if there:
         _refuse_other(path, record, images)
     return there
-
-
-def _build(path: StorePath, record: RootRecord, images: ImageTable, views: ViewTable) -> None:
-    if not isinstance(
-        path, Path
-    ):  # nothing can be renamed, but nobody reads before the root is there
-        for name in ("images", "views"):
-            remove_tree(path / name)
-        write_tables(path, images, views)
-        write_document(path / METADATA, group_document(record.to_attributes()))
-        return
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_tables(partial, images, views)
-        write_document(partial / METADATA, group_document(record.to_attributes()))
-        path.mkdir(exist_ok=True)
-        for name in ("images", "views", METADATA):
-            if (path / name).exists():  # torn by a kill between these renames; root not yet there
-                shutil.rmtree(path / name)
-            (partial / name).replace(path / name)
-        sync_folder(path)
-        sync_folder(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_foreign(path: StorePath) -> None:
@@ -99,14 +78,18 @@ def _refuse_other(path: StorePath, asked: RootRecord, images: ImageTable) -> Non
         return
     lines = difference(stored.to_attributes(), asked.to_attributes())
     if stored.images_digest != asked.images_digest:
-        lines += _image_difference(read_images(path), images)
+        old = read_images(path)
+        lines += image_difference(old, images)
+        if old.image_set() <= images.image_set() and stored.image_size == asked.image_size:
+            lines.append("All stored images are there: `sak index --append` adds the new ones.")
     raise StoreMismatchError(
         f"{path} was made for other images or views:\n" + "\n".join(lines) + "\n"
         "Choose another store path, or delete this folder to extract anew."
     )
 
 
-def _image_difference(stored: ImageTable, asked: ImageTable) -> list[str]:
+def image_difference(stored: ImageTable, asked: ImageTable) -> list[str]:
+    """Return lines that say how two tables differ, none when they are equal."""
     gone, new = set(stored.ids) - set(asked.ids), set(asked.ids) - set(stored.ids)
     lines = [
         f"  {len(names)} images {where}, such as {min(names)!r}"

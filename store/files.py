@@ -21,15 +21,26 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 
-def remove_partials(folder: StorePath) -> None:
-    """Remove the temporary files that a killed writer left; only the folder's owner may.
+def ready_path(path: StorePath) -> StorePath:
+    """Return where a store's next root and tables wait, complete, to be moved in.
+
+    Beside the store; below it on object storage, where it may be a whole bucket.
+    """
+    return path.with_name(f".{path.name}.ready") if isinstance(path, Path) else path / ".ready"
+
+
+def partials(folder: StorePath) -> list[Path]:
+    """Return the temporary files that a killed writer left below a folder.
 
     On object storage there are none: what was not completed shows nowhere. Its parts still cost
     money, so give the bucket the usual lifecycle rule (AbortIncompleteMultipartUpload).
     """
-    if not isinstance(folder, Path):
-        return
-    for path in folder.rglob(f".*{_PARTIAL}"):
+    return sorted(folder.rglob(f".*{_PARTIAL}")) if isinstance(folder, Path) else []
+
+
+def remove_partials(folder: StorePath) -> None:
+    """Remove the temporary files that a killed writer left; only the folder's owner may."""
+    for path in partials(folder):
         path.unlink()
 
 
@@ -53,6 +64,14 @@ def make_folder(folder: StorePath) -> None:
     """Make a folder below one that exists; object storage has none to make."""
     if isinstance(folder, Path):
         folder.mkdir(exist_ok=True)
+
+
+def names_below(folder: StorePath) -> list[str]:
+    """Return the name of every file below a folder, relative to it, hidden ones too."""
+    if isinstance(folder, Path):
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return [path.relative_to(folder).as_posix() for path in paths]
+    return [name.removeprefix(folder.path).lstrip("/") for name in folder.fs.find(folder.path)]
 
 
 def remove_tree(folder: StorePath) -> None:
@@ -154,6 +173,9 @@ class FolderLock:
             raise StoreLockedError(
                 f"another process is writing {folder}; wait until it ends, or stop it"
             ) from error
+        if not folder.exists() or not os.path.samestat(os.fstat(self._descriptor), folder.stat()):
+            self.release()  # of a folder that is no longer there, another may hold the new one
+            raise StoreLockedError(f"another process has just deleted {folder}; run this again")
 
     def check(self) -> None:
         """Do nothing: the kernel never gives it away."""

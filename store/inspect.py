@@ -183,20 +183,21 @@ def summarise(path: str | StorePath) -> StoreSummary:
         },
         digest=store.digest(),
         bytes=_folder_bytes(store.path),
-        teachers=tuple(_summarise_teacher(folder) for folder in teacher_folders(store.path)),
+        teachers=tuple(_summarise_teacher(folder, store) for folder in teacher_folders(store.path)),
     )
 
 
-def _summarise_teacher(folder: StorePath) -> TeacherSummary:
+def _summarise_teacher(folder: StorePath, store: FeatureStore) -> TeacherSummary:
     record = read_record(folder)
+    unfinished = folder.name in store.unfinished
     layout = record.layout
     missing = missing_shards(folder, layout)
     absent = sum(len(layout.shard_rows(shard)) for shard in missing)
     marks = read_marks(folder, layout) if record.finished and not missing else None
     return TeacherSummary(
         name=folder.name,
-        finished=record.finished,
-        coverage=1 - absent / record.rows,
+        finished=not unfinished,
+        coverage=(record.rows - absent) / (store.rows if unfinished else record.rows),
         quarantined=None if marks is None else int(np.count_nonzero(marks != VALID)),
         shards=layout.shards,
         rows_per_shard=record.rows_per_shard,

@@ -31,6 +31,11 @@ _PREFIX = ".lease-"
 _logger = logging.getLogger(__name__)
 
 
+def is_lease(path: str) -> bool:
+    """Return whether an object is somebody's lease."""
+    return path.rpartition("/")[2].startswith(_PREFIX)
+
+
 class Lease:
     """Exclusive use of a remote folder until released, renewed by a thread meanwhile.
 

@@ -154,13 +154,21 @@ def merge_shards(folder: StorePath, layout: TeacherLayout) -> dict[str, Moments]
         return [read_chunk(folder, array, shard)[0] for array in arrays]
 
     for record, *lines in each(folder, read, range(layout.shards)):
-        line = lines[0] if lines else None
-        start, entry = 0, 0
-        for target in layout.spec.targets:
-            stop = start + target.channels
-            last = entry + target.channels * (target.channels + 1) // 2
-            triangle = None if line is None else line[entry:last]
-            part = Moments.from_record(record[:, start:stop], triangle)
-            totals[target.name] = totals[target.name].merge(part)
-            start, entry = stop, last
+        for name, part in split_record(layout, record, *lines).items():
+            totals[name] = totals[name].merge(part)
     return totals
+
+
+def split_record(
+    layout: TeacherLayout, record: NDArray[np.float64], line: NDArray[np.float64] | None = None
+) -> dict[str, Moments]:
+    """Return the moments of each target from one shard's entries of `commits`, digests aside."""
+    parts = {}
+    start, entry = 0, 0
+    for target in layout.spec.targets:
+        stop = start + target.channels
+        last = entry + target.channels * (target.channels + 1) // 2
+        triangle = None if line is None else line[entry:last]
+        parts[target.name] = Moments.from_record(record[:, start:stop], triangle)
+        start, entry = stop, last
+    return parts

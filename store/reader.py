@@ -1,47 +1,37 @@
 """Reads features by row, only those that were really written, checksums verified."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from upath import UPath
 
 from store.calibration import FittedTarget
 from store.chunks import read_array
 from store.codecs import Codes, Values
 from store.documents import check_document
 from store.errors import StoreError, StoreMismatchError, nearest
+from store.growth import growth_told, refuse_grown
 from store.layout import METADATA, ArrayLayout
 from store.remote import StorePath, locate
-from store.remote_shards import RemoteShards
-from store.shard import ShardReader
-from store.spec import (
-    GLOBAL,
-    Grid,
-    ImageTable,
-    LevelSpec,
-    TeacherSpec,
-    ViewTable,
-    canonical_json,
-)
+from store.spec import Grid, ImageTable, TeacherSpec, ViewTable, canonical_json
 from store.statistics import Statistics
 from store.stored_codecs import read_codec
+from store.stored_rows import StoredRows
 from store.tables import read_images, read_root, read_views
+from store.targets import find_array, find_level, level_names
 from store.teacher import (
     VALID,
     TeacherRecord,
+    is_earlier,
     read_marks,
     read_record,
     refuse_unusable,
     teacher_folders,
 )
-
-_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
 
 
 class FeatureStore:
@@ -60,8 +50,7 @@ class FeatureStore:
         self.path = locate(path)
         self._root = read_root(self.path)
         self._records = {folder.name: read_record(folder) for folder in teacher_folders(self.path)}
-        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
-        self._remote: dict[tuple[str, str], RemoteShards] = {}
+        self._rows = StoredRows(self.path)
         self._layouts: dict[tuple[str, str], ArrayLayout] = {}
         self._codecs: dict[tuple[str, str], FittedTarget | None] = {}
         self._marks: dict[str, NDArray[np.uint8]] = {}
@@ -77,12 +66,18 @@ class FeatureStore:
     @cached_property
     def images(self) -> ImageTable:
         """The images, in order."""
-        return read_images(self.path)
+        with growth_told(self.path, self._root):
+            images = read_images(self.path)
+        refuse_grown(self.path, self._root)  # sound tables may be those of now
+        return images
 
     @cached_property
     def views(self) -> ViewTable:
         """The view of every row."""
-        return read_views(self.path)
+        with growth_told(self.path, self._root):
+            views = read_views(self.path)
+        refuse_grown(self.path, self._root)
+        return views
 
     @cached_property
     def _image_rows(self) -> dict[str, int]:
@@ -102,8 +97,13 @@ class FeatureStore:
 
     @property
     def unfinished(self) -> tuple[str, ...]:
-        """Names of the teachers whose extraction has begun but not ended."""
-        return tuple(name for name, record in self._records.items() if not record.finished)
+        """Names of the teachers that were begun, but not extracted for every image yet."""
+        return tuple(
+            name
+            for name, record in self._records.items()
+            if not record.finished
+            or (not record.belongs_to(self._root) and is_earlier(self.path, record))
+        )
 
     def digest(self, teachers: Sequence[str] | None = None) -> str:
         """Return a SHA-256 in hexadecimal of images, views and teachers (default: all finished).
@@ -208,22 +208,12 @@ class FeatureStore:
         layout = self.array(teacher, level, resolution)
         wanted = np.asarray(rows, np.int64)
         self._refuse_rows(teacher, wanted)
-        if not isinstance(self.path, Path):
-            return self._remote_shards(self.path, teacher, layout).read(wanted.tolist())
-        out: Codes | None = None
-        for position, row in enumerate(wanted.tolist()):
-            number, slot = divmod(row, layout.chunk[0])
-            shard = self._shard(teacher, layout.path, number)
-            if out is None:  # only now is it known that the file is as large as the metadata says
-                out = np.empty((len(wanted), *layout.shape[1:]), layout.dtype)
-            shard.read_into(slot, out[position])
-        return np.empty((0, *layout.shape[1:]), layout.dtype) if out is None else out
+        with growth_told(self.path / teacher, self._records[teacher]):
+            return self._rows.read(teacher, layout, wanted.tolist())
 
     def levels(self, teacher: str) -> tuple[str, ...]:
         """Return the names that `read` knows: the levels, then `global` where there is one."""
-        spec = self._record(teacher).spec
-        pooled = () if spec.global_channels is None else (GLOBAL,)
-        return (*(level.name for level in spec.levels), *pooled)
+        return level_names(self._record(teacher).spec)
 
     def grids(self, teacher: str, level: str) -> tuple[Grid, ...]:
         """Return the grids (H, W) that a level is stored at, finest first.
@@ -231,7 +221,7 @@ class FeatureStore:
         Raises:
             StoreError: unknown teacher or level, or `global`, which has none.
         """
-        return self._level(teacher, level).stored
+        return find_level(self._record(teacher).spec, level).stored
 
     def codec(
         self, teacher: str, level: str, resolution: Grid | None = None
@@ -242,9 +232,9 @@ class FeatureStore:
             StoreError: see `read`.
             StoreDamagedError: its arrays are not those written with the teacher.
         """
-        name = self._target(teacher, level, resolution)
+        record = self._record(teacher)
+        name = find_array(record.spec, level, resolution)
         if (teacher, name) not in self._codecs:
-            record = self._record(teacher)
             target = next((one for one in record.spec.targets if one.name == name), None)
             stored = record.codecs.get(name)
             self._codecs[teacher, name] = (
@@ -262,10 +252,12 @@ class FeatureStore:
             UnfinishedStoreError: the teacher is not finished.
             StoreDamagedError: the metadata is not what the teacher's specification says.
         """
-        name = self._target(teacher, level, resolution)
+        record = self._record(teacher)
+        name = find_array(record.spec, level, resolution)
         if (teacher, name) not in self._layouts:
-            layout = self._record(teacher).layout.features()[name]
-            check_document(self.path / teacher / layout.path / METADATA, layout.document())
+            layout = record.layout.features()[name]
+            with growth_told(self.path / teacher, record):
+                check_document(self.path / teacher / layout.path / METADATA, layout.document())
             self._layouts[teacher, name] = layout
         return self._layouts[teacher, name]
 
@@ -277,46 +269,21 @@ class FeatureStore:
         Raises:
             StoreError: unknown teacher, level or resolution, or `global`, which has none.
         """
-        level_spec = self._level(teacher, level)
-        name = self._target(teacher, level, resolution)
-        target = next(one for one in level_spec.targets if one.name == name)
+        record = self._record(teacher)
+        targets = find_level(record.spec, level).targets
+        name = find_array(record.spec, level, resolution)
+        target = next(one for one in targets if one.name == name)
         parts = {
             key: read_array(self.path / teacher, layout)
-            for key, layout in self._record(teacher).layout.statistics(target).items()
+            for key, layout in record.layout.statistics(target).items()
         }
+        refuse_grown(self.path / teacher, record)  # these files have no rows that would show it
         return Statistics(
             count=int(parts["count"]),
             mean=parts["mean"],
             variance=parts["variance"],
             covariance=parts.get("covariance"),
         )
-
-    def _level(self, teacher: str, level: str) -> LevelSpec:
-        levels = {entry.name: entry for entry in self._record(teacher).spec.levels}
-        if level not in levels:
-            raise StoreError(
-                f"teacher {teacher!r} has no grid or statistics of {level!r}: "
-                f"{nearest(level, levels)}"
-            )
-        return levels[level]
-
-    def _target(self, teacher: str, level: str, resolution: Grid | None) -> str:
-        """Return the name of the array that is asked for."""
-        known = self.levels(teacher)
-        if level not in known:
-            raise StoreError(f"teacher {teacher!r} has no level {level!r}: {nearest(level, known)}")
-        if level == GLOBAL and resolution is None:
-            return GLOBAL
-        targets = {target.grid: target.name for target in self._level(teacher, level).targets}
-        if resolution is None:
-            return next(iter(targets.values()))
-        if resolution not in targets:
-            stored = ", ".join(f"{height} x {width}" for height, width in targets)
-            raise StoreError(
-                f"teacher {teacher!r}, level {level!r} is not stored at {resolution}; it is at "
-                f"{stored}: choose one of these, or extract again with that resolution"
-            )
-        return targets[resolution]
 
     def _record(self, teacher: str) -> TeacherRecord:
         record = self._records.get(teacher)
@@ -326,20 +293,11 @@ class FeatureStore:
         refuse_unusable(self.path / teacher, record, self._root)
         return record
 
-    def _open_shard(self, teacher: str, name: str, number: int) -> ShardReader:
-        assert isinstance(self.path, Path)
-        return ShardReader(self.path / teacher, self._layouts[teacher, name], number)
-
-    def _remote_shards(self, path: UPath, teacher: str, layout: ArrayLayout) -> RemoteShards:
-        key = teacher, layout.path
-        if key not in self._remote:
-            self._remote[key] = RemoteShards(path / teacher, layout)
-        return self._remote[key]
-
     def _row_marks(self, teacher: str) -> NDArray[np.uint8]:
         if teacher not in self._marks:
-            layout = self._record(teacher).layout
-            self._marks[teacher] = read_marks(self.path / teacher, layout)
+            record = self._record(teacher)
+            with growth_told(self.path / teacher, record):
+                self._marks[teacher] = read_marks(self.path / teacher, record.layout)
         return self._marks[teacher]
 
     def _refuse_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:

@@ -8,6 +8,7 @@ Slots of the index beyond the last row of a short shard hold 2**64 - 1, Zarr's m
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._file = new_file(folder / layout.file_path(number))
 
-    def append(self, values: NDArray[np.float16]) -> None:
+    def append(self, values: NDArray[Any]) -> None:
         """Write rows (n, ...) behind those already written."""
         records = np.empty((len(values), self._record_bytes), np.uint8)
         records[:, :-CHECKSUM_BYTES] = values.reshape(len(values), -1).view(np.uint8)
@@ -67,16 +68,20 @@ class ShardWriter:
 class ShardReader:
     """Reads rows of one shard file; safe to share between threads and across a fork.
 
+    `copy` is read instead where the file itself is on object storage.
+
     Raises:
         StoreDamagedError: the file is missing, has another size, or its index is damaged.
     """
 
-    def __init__(self, folder: Path, layout: ArrayLayout, number: int) -> None:
+    def __init__(
+        self, folder: StorePath, layout: ArrayLayout, number: int, copy: Path | None = None
+    ) -> None:
         self._path = folder / layout.file_path(number)
         self._descriptor = -1
         self._record_bytes = layout.row_bytes + CHECKSUM_BYTES
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._descriptor = os.open(str(copy or self._path), os.O_RDONLY)
         except FileNotFoundError as error:
             raise StoreDamagedError(f"{self._path} is missing from the store") from error
         size, expected = os.fstat(self._descriptor).st_size, layout.file_bytes(number)
@@ -91,7 +96,7 @@ class ShardReader:
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
-    def read_into(self, slot: int, row: NDArray[np.float16]) -> None:
+    def read_into(self, slot: int, row: NDArray[Any]) -> None:
         """Fill `row` (one entry of the array, contiguous) from a slot of the shard.
 
         Raises:

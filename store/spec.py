@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -96,6 +96,17 @@ class ImageTable:
     def _columns(self) -> tuple[tuple[Any, ...], ...]:
         return (self.ids, self.sha256, self.heights, self.widths, self.statuses)
 
+    def take(self, places: Sequence[int]) -> "ImageTable":
+        """Return the images at these places, in their order."""
+        ids, sha256, heights, widths, statuses = (
+            tuple(column[place] for place in places) for column in self._columns()
+        )
+        return ImageTable(ids=ids, sha256=sha256, heights=heights, widths=widths, statuses=statuses)
+
+    def image_set(self) -> frozenset[tuple[Any, ...]]:
+        """Return the entries without their order."""
+        return frozenset(zip(*self._columns(), strict=True))
+
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal that changes with order and with any value."""
         state = hashlib.sha256()
@@ -145,6 +156,16 @@ class ViewTable:
 
     def __hash__(self) -> int:
         return hash(self.digest())
+
+    def first(self, rows: int) -> "ViewTable":
+        """Return the first rows."""
+        return ViewTable(
+            image_size=self.image_size,
+            boxes=self.boxes[:rows],
+            flips=self.flips[:rows],
+            seeds=self.seeds[:rows],
+            views_per_image=self.views_per_image,
+        )
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal of the geometry of every row, in order."""

@@ -6,6 +6,7 @@ one-pass parallel computation of covariances and arbitrary-order statistical mom
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class Moments:
     @classmethod
     def of(
         cls,
-        values: NDArray[np.float16],
+        values: NDArray[np.floating[Any]],
         scratch: NDArray[np.float64],
         product: NDArray[np.float64] | None = None,
     ) -> "Moments":

@@ -5,7 +5,7 @@ mean, cosine 1st percentile, relative L2 error.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
 
@@ -14,11 +14,48 @@ from numpy.typing import NDArray
 
 from store.calibration import Fidelity, FittedTarget
 from store.chunks import read_array, write_array
-from store.codecs import restore_codec
-from store.errors import StoreDamagedError
+from store.codecs import parse_codec, restore_codec
+from store.errors import StoreDamagedError, StoreError
 from store.remote import StorePath
-from store.spec import Target
+from store.spec import Target, TeacherSpec
 from store.teacher_layout import StoredCodec, codec_folder, codec_layouts
+
+Calibrate = Callable[[], Mapping[str, FittedTarget]]
+"""Fits the codec of every target of a teacher, by target name."""
+
+
+def calibrate_codecs(
+    folder: StorePath, spec: TeacherSpec, calibrate: Calibrate | None
+) -> dict[str, StoredCodec]:
+    """Fit and place the codecs of a new teacher; none where floats are stored.
+
+    Raises:
+        StoreError: a codec has to be fitted, and there is no `calibrate`.
+    """
+    if parse_codec(spec.codec).is_float:
+        return {}
+    if calibrate is None:
+        raise StoreError(f"codec {spec.codec} of teacher {spec.name!r} has to be fitted to rows")
+    fitted = calibrate()
+    codecs = {}
+    for target in spec.targets:
+        codecs[target.name] = describe_codec(spec.codec, target, fitted[target.name])
+        write_codec(folder, target, codecs[target.name], fitted[target.name])
+    return codecs
+
+
+def read_stored_codecs(attributes: object) -> dict[str, StoredCodec]:
+    """Return what a teacher's attributes say of its codecs, by target name.
+
+    Raises:
+        StoreError: they describe no codecs.
+    """
+    if not isinstance(attributes, dict):
+        raise StoreError(f"codecs must be an object, got {attributes!r:.80}")
+    try:
+        return {str(name): StoredCodec.from_attributes(entry) for name, entry in attributes.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the attributes describe no codecs: {error!r}") from error
 
 
 def describe_codec(name: str, target: Target, fitted: FittedTarget) -> StoredCodec:

@@ -13,6 +13,7 @@ from store.errors import (
     StoreError,
     StoreFormatError,
 )
+from store.files import ready_path
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
 from store.remote import StorePath
 from store.spec import FORMAT, FORMAT_VERSION, ImageTable, ViewTable
@@ -59,6 +60,10 @@ def read_root(path: StorePath) -> RootRecord:
     if not path.is_dir():
         raise StoreError(f"there is no feature store at {path}; run `sak index` first")
     if not (path / METADATA).exists():
+        if ready_path(path).is_dir():
+            raise StoreFormatError(
+                f"{path} was stopped while images were added; run `sak index --append`, it resumes"
+            )
         raise StoreFormatError(
             f"{path} is not a feature store: it has no {METADATA}; run `sak index`"
         )

@@ -1,13 +1,12 @@
 """A teacher's folder: its own description, which shards are committed, which rows are valid."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.calibration import FittedTarget
 from store.chunks import read_chunk
 from store.codecs import parse_codec
 from store.documents import (
@@ -28,12 +27,9 @@ from store.files import remove_partials, remove_tree
 from store.layout import METADATA, group_document
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
-from store.stored_codecs import describe_codec, write_codec
-from store.tables import RootRecord
+from store.stored_codecs import Calibrate, calibrate_codecs, read_stored_codecs
+from store.tables import RootRecord, read_images, read_root, read_views
 from store.teacher_layout import StoredCodec, TeacherLayout, with_rows_per_shard
-
-Calibrate = Callable[[], Mapping[str, FittedTarget]]
-"""Fits the codec of every target of a teacher, by target name."""
 
 UNWRITTEN, VALID, QUARANTINED = 0, 1, 2
 """Values of a teacher's `valid` array."""
@@ -117,7 +113,7 @@ def read_record(folder: StorePath) -> TeacherRecord:
     spec = attributes.get("spec")
     try:
         record = TeacherRecord(
-            codecs=_read_codecs(attributes.get("codecs")),
+            codecs=read_stored_codecs(attributes.get("codecs")),
             spec=TeacherSpec.from_attributes(spec if isinstance(spec, dict) else {}),
             rows=read_count(attributes, "rows"),
             rows_per_shard=read_count(attributes, "rows_per_shard"),
@@ -140,13 +136,17 @@ def read_record(folder: StorePath) -> TeacherRecord:
     return record
 
 
-def _read_codecs(attributes: object) -> dict[str, StoredCodec]:
-    if not isinstance(attributes, dict):
-        raise StoreError(f"codecs must be an object, got {attributes!r:.80}")
-    try:
-        return {str(name): StoredCodec.from_attributes(entry) for name, entry in attributes.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"the attributes describe no codecs: {error!r}") from error
+def is_earlier(path: StorePath, record: TeacherRecord) -> bool:
+    """Return whether a teacher was begun before images were added to the store at `path`.
+
+    Then its rows are the store's first, and only those behind them are missing.
+    """
+    root = read_root(path)
+    if record.rows >= root.rows or record.rows % root.views_per_image:
+        return False
+    images = read_images(path).take(range(record.rows // root.views_per_image))
+    views = read_views(path).first(record.rows)
+    return (images.digest(), views.digest()) == (record.images_digest, record.views_digest)
 
 
 def begin_teacher(
@@ -155,18 +155,21 @@ def begin_teacher(
     """Return the record to go on with, its metadata files in place; only the lock's holder may.
 
     A teacher that is not there yet is cut into shards of `shard_bytes` and, where its codec needs
-    it, calibrated by `calibrate`.
+    it, calibrated by `calibrate`. One that is earlier than the images grows: its short last shard
+    is of the wrong size and has unwritten marks from then on, so it is asked for again; whole
+    shards are not touched, and its codecs stay.
 
     Raises:
         StoreMismatchError: the folder holds something else than asked for.
         StoreError: a codec has to be fitted, and there is no `calibrate`.
     """
     if (folder / METADATA).exists():
-        record = read_record(folder)
-        _refuse_other(folder, record, asked)
+        record = _continued(folder, read_record(folder), asked)
+        write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         remove_tree(folder / "valid")
-        record = _calibrated(folder, asked, calibrate)
+        write_document(folder / "commit" / METADATA, group_document({}))  # what `gc` knows it by
+        record = replace(asked, codecs=calibrate_codecs(folder, asked.spec, calibrate))
         layout = with_rows_per_shard(record.layout, shard_bytes)
         record = replace(record, rows_per_shard=layout.rows_per_shard)
     remove_partials(folder)
@@ -176,23 +179,7 @@ def begin_teacher(
     return record
 
 
-def _calibrated(
-    folder: StorePath, asked: TeacherRecord, calibrate: Calibrate | None
-) -> TeacherRecord:
-    spec = asked.spec
-    if parse_codec(spec.codec).is_float:
-        return asked
-    if calibrate is None:
-        raise StoreError(f"codec {spec.codec} of teacher {spec.name!r} has to be fitted to rows")
-    fitted = calibrate()
-    codecs = {}
-    for target in spec.targets:
-        codecs[target.name] = describe_codec(spec.codec, target, fitted[target.name])
-        write_codec(folder, target, codecs[target.name], fitted[target.name])
-    return replace(asked, codecs=codecs)
-
-
-def _refuse_other(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -> None:
+def _continued(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -> TeacherRecord:
     # How it is cut, what its codecs were fitted to and how far it got are no difference, nor are
     # covariances beyond what is asked for: a resumed teacher keeps them.
     same = replace(
@@ -202,6 +189,9 @@ def _refuse_other(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord
         codecs=stored.codecs,
         covariance=asked.covariance or stored.covariance,
     )
+    kept = (stored.spec, stored.covariance) == (same.spec, same.covariance)
+    if kept and is_earlier(folder.parent, stored):
+        return replace(same, finished=False)
     if stored != same:
         lines = difference(stored.to_attributes(), same.to_attributes())
         raise StoreMismatchError(
@@ -209,6 +199,7 @@ def _refuse_other(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord
             + "\n".join(lines)
             + f"\nChoose another store path, or delete {folder} to extract it anew."
         )
+    return stored
 
 
 def refuse_unusable(folder: StorePath, record: TeacherRecord, root: RootRecord) -> None:
@@ -216,10 +207,16 @@ def refuse_unusable(folder: StorePath, record: TeacherRecord, root: RootRecord) 
 
     Raises:
         StoreMismatchError: the store's images or views changed since.
-        UnfinishedStoreError: shards are missing.
+        UnfinishedStoreError: shards are missing, or images were added since.
     """
     name = record.spec.name
     if not record.belongs_to(root):
+        if is_earlier(folder.parent, record):
+            raise UnfinishedStoreError(
+                f"teacher {name!r} is not finished: images were added since, it has seen "
+                f"{record.rows} of {root.rows} rows; run `sak extract-teachers {name}`, it "
+                "computes only what is missing"
+            )
         raise StoreMismatchError(
             f"teacher {name!r} was extracted for other images or views than {folder.parent} "
             f"now lists; delete {folder} and run `sak extract-teachers`"

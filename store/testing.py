@@ -1,14 +1,20 @@
 """Small stores for tests, of this package and of whatever reads or writes one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.calibration import Calibration, FittedTarget
+from store.codecs import parse_codec
 from store.create import create_store
+from store.reader import FeatureStore
 from store.remote import StorePath
-from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import GLOBAL, Grid, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.stored_codecs import describe_codec
+from store.teacher_layout import TeacherLayout
 from store.writer import FeatureWriter
 
 
@@ -35,13 +41,19 @@ def sample_views(rows: int, views_per_image: int = 1) -> ViewTable:
 
 
 def sample_teacher(
-    name: str = "small", *, global_channels: int | None = 5, **provenance: Any
+    name: str = "small",
+    *,
+    global_channels: int | None = 5,
+    codec: str = "float16",
+    stored: tuple[Grid, ...] = (),
+    **provenance: Any,
 ) -> TeacherSpec:
-    """Return a hierarchical teacher of two levels, (3, 4) x 6 and (2, 2) x 8."""
+    """Return a hierarchical teacher of two levels, (3, 4) x 6, kept as `stored`, and (2, 2) x 8."""
     return TeacherSpec(
         name=name,
+        codec=codec,
         levels=(
-            LevelSpec(name="stage_1", grid=(3, 4), channels=6),
+            LevelSpec(name="stage_1", grid=(3, 4), channels=6, stored=stored),
             LevelSpec(name="stage_2", grid=(2, 2), channels=8),
         ),
         global_channels=global_channels,
@@ -67,9 +79,28 @@ def sample_features(spec: TeacherSpec, rows: range) -> dict[str, NDArray[np.floa
     }
 
 
+def sample_codecs(spec: TeacherSpec, rows: int = 8) -> dict[str, FittedTarget]:
+    """Return the codecs of a teacher, fitted to one half of that many sample features."""
+    calibration = Calibration(spec, -(-rows // 2))
+    for row in range(rows):
+        features = sample_features(spec, range(row, row + 1))
+        calibration.add(
+            {name: values[0] for name, values in features.items()}, held_out=row % 2 == 1
+        )
+    return calibration.fit(spec.codec)
+
+
 def sample_shard_bytes(spec: TeacherSpec, rows_per_shard: int) -> int:
     """Return the `shard_bytes` that makes shards of so many rows."""
-    return 2 * rows_per_shard * max(lv.grid[0] * lv.grid[1] * lv.channels for lv in spec.levels)
+    codecs = {}
+    if not parse_codec(spec.codec).is_float:
+        fitted = sample_codecs(spec)
+        codecs = {
+            target.name: describe_codec(spec.codec, target, fitted[target.name])
+            for target in spec.targets
+        }
+    layout = TeacherLayout(spec=spec, rows=1, rows_per_shard=1, codecs=codecs)
+    return rows_per_shard * max(array.row_bytes for array in layout.features().values())
 
 
 def write_rows(
@@ -96,7 +127,45 @@ def write_store(
     create_store(path, images, sample_views(rows, views_per_image))
     valid = np.repeat([status == "ok" for status in images.statuses], views_per_image)
     size = sample_shard_bytes(spec, rows_per_shard)
-    with FeatureWriter.open(path, spec, size, covariance=covariance) as writer:
+    with FeatureWriter.open(
+        path, spec, size, covariance=covariance, calibrate=lambda: sample_codecs(spec, 64)
+    ) as writer:
         for shard in writer.missing():
             write_rows(writer, spec, shard, valid)
         writer.finish()
+
+
+def read_everything(path: str | StorePath, teacher: str = "small") -> dict[str, NDArray[Any]]:
+    """Return what readers may get of a finished teacher: features of valid rows, and statistics."""
+    store = FeatureStore(path)
+    assert len(store.images) * store.views.views_per_image == len(store.views)
+    rows = np.flatnonzero(store.valid(teacher))
+    values: dict[str, NDArray[Any]] = {"valid rows": rows}
+    for level in store.levels(teacher):
+        values[level] = store.read(teacher, level, rows)
+    for target in store.teachers[teacher].targets:
+        values[target.name] = store.read(teacher, target.level, rows, target.grid)
+        statistics = store.statistics(teacher, target.level, target.grid)
+        for part in ("mean", "variance", "covariance"):
+            if getattr(statistics, part) is not None:  # a flipped letter of its key hides it
+                values[f"{part} of {target.name}"] = getattr(statistics, part)
+    return values
+
+
+def flip_bits(
+    folder: Path, per_file: int, generator: np.random.Generator
+) -> Iterator[tuple[Path, int]]:
+    """Flip one random bit after the other, `per_file` in every file below a folder.
+
+    Yields the file and the byte's offset while the bit is flipped; the file is put right after.
+    """
+    for file in [file for file in sorted(folder.rglob("*")) if file.is_file()]:
+        original = file.read_bytes()
+        for position in generator.integers(0, len(original), per_file).tolist():
+            flipped = bytearray(original)
+            flipped[position] ^= 1 << int(generator.integers(8))
+            file.write_bytes(flipped)
+            try:
+                yield file, position
+            finally:
+                file.write_bytes(original)

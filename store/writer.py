@@ -19,9 +19,9 @@ from store.files import Lock, full_disk_refused, lock_folder, make_folder
 from store.pending import PendingShard, merge_shards
 from store.remote import StorePath, locate
 from store.spec import GLOBAL, TeacherSpec
-from store.stored_codecs import read_codec
+from store.stored_codecs import Calibrate, read_codec
 from store.tables import read_root
-from store.teacher import Calibrate, TeacherRecord, begin_teacher, missing_shards, write_record
+from store.teacher import TeacherRecord, begin_teacher, missing_shards, write_record
 from store.values import check_values
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
@@ -91,6 +91,11 @@ class FeatureWriter:
         except BaseException:
             lock.release()
             raise
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the store when the writer was opened."""
+        return self._record.rows
 
     @property
     def row_bytes(self) -> int:

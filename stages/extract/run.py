@@ -109,7 +109,7 @@ def extract_teacher(
         ImageChangedError: an image is not the file that was indexed.
         NonFiniteFeaturesError: the teacher answered with NaN or infinity.
     """
-    rows = _open_rows(store_path, images, image_size, teacher)
+    rows = open_rows(store_path, images, image_size, teacher)
     threads = os.cpu_count() or 1
 
     def calibrate() -> Mapping[str, FittedTarget]:
@@ -124,6 +124,8 @@ def extract_teacher(
         covariance=covariance,
         calibrate=calibrate,
     ) as writer:
+        if writer.rows != len(rows.views):
+            raise ExtractionError(f"images were added to {store_path} just now; run this again")
         missing = writer.missing()
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
@@ -132,7 +134,7 @@ def extract_teacher(
         ahead = _BATCHES_AHEAD * batch_size
         with closing(read_ahead(rows.load, good, threads, ahead)) as inputs:
             for batch in _batches(missing, batch_size):
-                writer.write(batch, *_answer(teacher, rows, batch, inputs))
+                writer.write(batch, *answer(teacher, rows, batch, inputs))
                 progress.advance(len(batch))
         writer.finish()
         seconds = time.perf_counter() - started
@@ -148,12 +150,17 @@ def extract_teacher(
     )
 
 
-def _open_rows(
+def open_rows(
     path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
     teacher: Teacher,
 ) -> RowReader:
+    """Return the reader of a store's rows as a teacher's inputs.
+
+    Raises:
+        ExtractionError: the store lists other images or views than the data set has.
+    """
     store = FeatureStore(path)
     if store.views.image_size != image_size:
         raise ExtractionError(
@@ -165,7 +172,8 @@ def _open_rows(
         lacking = [name for name in store.images.ids if name not in paths]
         raise ExtractionError(
             f"{path} lists {len(store.images.ids)} images, the data set {len(paths)}; in the store "
-            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. Index the data set into another store."
+            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
+            + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
         )
     if store.views.flips.any():
         raise ExtractionError(f"{path} asks for flipped views, which are not extracted yet")
@@ -178,8 +186,8 @@ def _batches(shards: Sequence[range], batch_size: int) -> Iterator[range]:
             yield range(start, min(start + batch_size, shard.stop))
 
 
-def _answer(
-    teacher: Teacher, rows: RowReader, batch: range, inputs: Iterator[Tensor]
+def answer(
+    teacher: Teacher, rows: RowReader, batch: Sequence[int], inputs: Iterator[Tensor]
 ) -> tuple[dict[str, _Array], _Array | None, NDArray[np.bool_]]:
     """Return levels (n, h, w, C), pooled (n, C) and validity (n,) of a batch, zeros if invalid."""
     good = [row for row in batch if rows.is_ok(row)]

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
+
+from store.reader import FeatureStore
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {"distill", "multitask", "baseline", "single-task@depth", "evaluate"}
@@ -50,9 +53,9 @@ def run(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def repro(project: Path) -> set[str]:
+def repro(project: Path, *arguments: str) -> set[str]:
     """Run `dvc repro` and return the names of the stages that ran."""
-    output = run(project, "repro")
+    output = run(project, "repro", *arguments)
     lines = [line for line in output.splitlines() if line.startswith("Running stage ")]
     return {line.split("'")[1] for line in lines}
 
@@ -77,3 +80,34 @@ def test_only_what_changed_runs_again(project: Path) -> None:
     assert repro(project) == set()
     metrics = run(project, "metrics", "show", "--md")
     assert "delta_m" in metrics
+
+
+def paint(project: Path, *names: str) -> None:
+    for name in names:
+        colour = (int(name[1:]), 9, 99)
+        Image.new("RGB", (60, 40), colour).save(project / "photos" / f"{name}.png")
+
+
+def test_only_the_images_that_were_added_are_extracted(project: Path) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params |= {"image_size": [256, 384], "tasks": [], "data": {"kind": "folder", "root": "photos"}}
+    params["extract"] = {"batch_size": 4, "shard_megabytes": 1}  # 14 rows of 32 x 48 x 24 values
+    write(project, params)
+    (project / "photos").mkdir()
+    paint(project, *(f"b{number}" for number in range(16)))
+    assert repro(project, "extract@first") == {"index", "extract@first"}
+    native = project / "features.zarr" / "first" / "block_03" / "native"
+    whole, short = native / "c.0.0.0.0", native / "c.1.0.0.0"
+    before = whole.stat()
+    short_bytes = short.stat().st_size
+
+    paint(project, "a16", "a17")
+    repro(project, "--force", "--single-item", "index")
+    assert repro(project, "extract@first") == {"extract@first"}
+    after = whole.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert short.stat().st_size > short_bytes
+    store = FeatureStore(project / "features.zarr")
+    assert store.images.ids[-2:] == ("a16", "a17")
+    assert store.read("first", "block_03", range(18)).shape == (18, 32, 48, 24)
+    assert repro(project, "extract@first") == set()

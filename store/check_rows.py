@@ -1,0 +1,156 @@
+"""Checks every byte of one shard file: digest, index, rows, and the statistics of what they say."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.codecs import BitCodec, Codec, Int8Codec
+from store.errors import StoreDamagedError
+from store.layout import ArrayLayout
+from store.remote import StorePath
+from store.shard import ShardReader
+from store.shard_scene import ShardScene
+from store.statistics import Moments
+from store.teacher import VALID
+
+_ROUNDING = 1e-12
+"""Relative difference of float64 sums that another processor or numpy may explain (fused
+multiply-add, order of vector lanes); one wrong float16 in a shard of 10**9 shows more."""
+
+_DECODED_ROUNDING = 1e-5
+"""The same where decoding itself sums in float32: 8e-8 for each of up to some 1000 terms, with
+signs as they fall. Other rows' statistics differ by far more, and single bytes have checksums."""
+
+
+def check_file(
+    scene: ShardScene,
+    target: str,
+    layout: ArrayLayout,
+    digest: bytes | None,
+    marks: NDArray[np.uint8],
+    record: Moments | None,
+) -> bool:
+    """Check digest, index, rows and moments of one file; return whether all is well.
+
+    `record` are the moments of the commit record, None where they cannot be read or are not kept.
+    """
+    before = len(scene.found.findings)
+    path = scene.folder / layout.file_path(scene.shard)
+    with _at_hand(path) as copy:
+        if digest is not None and _file_digest(copy) != digest:
+            what = f"{path} is not the file that was committed: its SHA-256 is another"
+            scene.damage("data", what, level=target)
+        scene.found.bytes_read += copy.stat().st_size
+        try:
+            reader = ShardReader(scene.folder, layout, scene.shard, copy)
+        except StoreDamagedError as error:
+            scene.damage("data", str(error), level=target)
+            return False
+        moments = _check_rows(scene, target, layout, reader, marks, record)
+    if moments is not None and record is not None:
+        _compare_moments(scene, target, moments, record)
+    return not any(finding.severity != "remark" for finding in scene.found.findings[before:])
+
+
+@contextmanager
+def _at_hand(path: StorePath) -> Iterator[Path]:
+    """Give a local file, of which every byte is read twice: itself, or a copy of an object."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="sak-verify-") as folder:
+        copy = Path(folder) / path.name
+        path.fs.get_file(path.path, str(copy))
+        yield copy
+
+
+def _check_rows(
+    scene: ShardScene,
+    target: str,
+    layout: ArrayLayout,
+    reader: ShardReader,
+    marks: NDArray[np.uint8],
+    record: Moments | None,
+) -> Moments | None:
+    """Check each row; return the moments of the valid ones, or None where they cannot be had."""
+    first = scene.layout.shard_rows(scene.shard).start
+    row = np.empty(layout.shape[1:], layout.dtype)
+    codec = scene.codecs.get(target)
+    total = None if record is None or codec is None else _Sum(codec, record)
+    whole = True
+    for slot, mark in enumerate(marks.tolist()):
+        where = {"level": target, "row": first + slot}
+        try:
+            reader.read_into(slot, row)
+        except StoreDamagedError as error:
+            scene.damage("data", str(error), **where, image=scene.image(first + slot))
+            whole = False
+            continue
+        if mark == VALID and total is not None:
+            total.add(row)
+        elif mark != VALID and row.any():
+            what = "the row is marked quarantined, but is not zero"
+            scene.damage("data", what, **where, image=scene.image(first + slot))
+    return total.moments if whole and total is not None else None
+
+
+class _Sum:
+    """Gathers the moments of decoded rows just as the writer did, row by row."""
+
+    def __init__(self, codec: Codec, like: Moments) -> None:
+        self._codec = codec
+        self._channels = len(like.mean)
+        self._scratch: NDArray[np.float64] | None = None
+        self._product = None if like.comoment is None else np.empty_like(like.comoment)
+        self.moments = Moments.empty(self._channels, like.comoment is not None)
+
+    def add(self, row: NDArray[np.generic]) -> None:
+        """Decode a stored row and add it."""
+        with np.errstate(invalid="ignore", over="ignore"):  # the audit counts those
+            values = self._codec.decode(row)
+            if self._scratch is None:
+                self._scratch = np.empty((values.size // self._channels, self._channels))
+            self.moments = self.moments.merge(Moments.of(values, self._scratch, self._product))
+
+
+def _compare_moments(scene: ShardScene, target: str, found: Moments, record: Moments) -> None:
+    """Compare with the commit record: bit for bit, or to the rounding of another machine."""
+    pairs = [(found.mean, record.mean), (found.m2, record.m2)]
+    if found.comoment is not None and record.comoment is not None:
+        pairs.append((found.comoment, record.comoment))
+    same_count = found.count == record.count
+    if same_count and all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
+        return
+    energy = record.m2.max()
+    scales = [np.abs(record.mean).max() + np.sqrt(energy), energy, energy]
+    rounding = _rounding(scene.codecs[target])
+    near = all(
+        np.all(np.abs(again - stored) <= rounding * scale)
+        for (again, stored), scale in zip(pairs, scales, strict=False)
+    )
+    if same_count and near:
+        scene.found.add(
+            "remark", "statistics", "the commit record's statistics differ in the last bits from "
+            "those computed here: another processor or numpy rounds differently",
+            teacher=scene.folder.name, level=target, shard=scene.shard,
+        )  # fmt: skip
+        return
+    what = "the features do not have the statistics that the commit record says"
+    scene.damage("statistics", what, level=target)
+
+
+def _rounding(codec: Codec) -> float:
+    sums = isinstance(codec, BitCodec) or (
+        isinstance(codec, Int8Codec) and codec.rotation is not None
+    )
+    return _DECODED_ROUNDING if sums else _ROUNDING
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").digest()

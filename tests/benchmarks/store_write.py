@@ -1,0 +1,180 @@
+"""Speed of the write path against plain file writes and fsync of the same bytes, side by side.
+
+    python tests/benchmarks/store_write.py [--rounds 5] [--json]
+
+A teacher like a ViT-B (four levels of 28 x 36 tokens, 768 channels) and one like a MobileNetV2
+(four levels of growing width) answer in batches of 8; every round writes the same bytes as plain
+files first, then through `FeatureWriter`, and the ratio is that of one round. Also reports the peak
+memory of writing 64 and 256 rows, which must not differ by more than the allocator's noise.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.calibration import Calibration
+from store.create import create_store
+from store.reader import FeatureStore
+from store.spec import LevelSpec, TeacherSpec
+from store.testing import sample_images, sample_views
+from store.writer import FeatureWriter
+
+BATCH = 8
+TEACHERS = {
+    "ViT-B": [("block_02", (28, 36), 768), ("block_05", (28, 36), 768),
+              ("block_08", (28, 36), 768), ("block_11", (28, 36), 768)],
+    "MobileNetV2": [("stage_1", (112, 144), 24), ("stage_2", (56, 72), 32),
+                    ("stage_3", (28, 36), 96), ("stage_4", (14, 18), 320)],
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--memory", nargs=3, metavar=("TEACHER", "CODEC", "ROWS"))
+    arguments = parser.parse_args()
+    if arguments.memory:
+        teacher, codec, rows = arguments.memory
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            write(Path(folder) / "store", spec_of(teacher, codec), int(rows))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return
+    results = [
+        measure(teacher, codec, arguments)
+        for teacher in TEACHERS
+        for codec in ("float16", "float32", "int8", "pca-4bit")
+    ]
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+        return
+    print(
+        "| teacher | codec | bytes written | plain MB/s | ours MB/s | ratio (range) | features MB/s | peak MiB, 64 rows | 256 rows |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for one in results:
+        print(
+            f"| {one['teacher']} | {one['codec']} | {one['bytes'] / 1e6:.0f} MB "
+            f"| {one['plain']:.0f} | {one['ours']:.0f} "
+            f"| {one['ratio']:.2f} ({one['lowest']:.2f} to {one['highest']:.2f}) "
+            f"| {one['features']:.0f} | {one['memory'][0]} | {one['memory'][1]} |"
+        )
+
+
+def measure(teacher: str, codec: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the speeds of both ways of writing."""
+    spec = spec_of(teacher, codec)
+    plain, ours, size = [], [], 0
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+            folder = Path(name)
+            seconds = write(folder / "store", spec, arguments.rows)
+            files = [
+                path for path in (folder / "store").rglob("c.*") if path.stat().st_size > 2**20
+            ]
+            data = [path.read_bytes() for path in files]
+            size = sum(map(len, data))
+            shutil.rmtree(folder / "store")
+            plain.append(size / 1e6 / write_plainly(folder, data, arguments.rows))
+            ours.append(size / 1e6 / seconds)
+    ratios = [fast / slow for fast, slow in zip(ours, plain, strict=True)]
+    values = sum(height * width * channels for _, (height, width), channels in TEACHERS[teacher])
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(arguments.folder),
+        "--memory",
+        teacher,
+        codec,
+    ]
+    memory = [
+        int(subprocess.run([*command, rows], check=True, capture_output=True, text=True).stdout)
+        for rows in ("64", "256")
+    ]
+    return {
+        "teacher": teacher,
+        "codec": codec,
+        "bytes": size,
+        "plain": statistics.median(plain),
+        "ours": statistics.median(ours),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "features": statistics.median(ours) * values * 4 * arguments.rows / size,
+        "memory": memory,
+    }
+
+
+def spec_of(teacher: str, codec: str) -> TeacherSpec:
+    """Return a teacher of these levels without a pooled output."""
+    levels = tuple(
+        LevelSpec(name=name, grid=grid, channels=channels)
+        for name, grid, channels in TEACHERS[teacher]
+    )
+    return TeacherSpec(name="teacher", levels=levels, provenance={}, codec=codec)
+
+
+def answers(spec: TeacherSpec, rows: int) -> dict[str, np.ndarray]:
+    """Return features of one batch; every batch is the same, making them costs no time."""
+    generator = np.random.default_rng(0)
+    return {
+        level.name: generator.standard_normal((rows, *level.grid, level.channels), np.float32)
+        for level in spec.levels
+    }
+
+
+def write(path: Path, spec: TeacherSpec, rows: int) -> float:
+    """Write a store of as many rows in one shard and return the seconds, fitting not counted."""
+    create_store(path, sample_images(rows), sample_views(rows))
+    batch = answers(spec, BATCH)
+
+    def calibrate() -> dict[str, Any]:
+        calibration = Calibration(spec, BATCH)
+        for row in range(BATCH):
+            calibration.add({name: level[row] for name, level in batch.items()}, held_out=row == 1)
+        return calibration.fit(spec.codec)
+
+    valid = np.ones(BATCH, bool)
+    with FeatureWriter.open(path, spec, 2**40, calibrate=calibrate) as writer:
+        os.sync()
+        started = time.perf_counter()
+        for start in range(0, rows, BATCH):
+            writer.write(range(start, start + BATCH), batch, None, valid)
+        writer.finish()
+        seconds = time.perf_counter() - started
+    assert FeatureStore(path).rows == rows
+    return seconds
+
+
+def write_plainly(folder: Path, data: list[bytes], rows: int) -> float:
+    """Write as many files of the same size, in turn, in pieces of a batch, then fsync each."""
+    os.sync()
+    started = time.perf_counter()
+    files = [(folder / f"plain_{index}").open("wb", buffering=0) for index in range(len(data))]
+    pieces = rows // BATCH
+    for piece in range(pieces):
+        for file, content in zip(files, data, strict=True):
+            edge = -(-len(content) // pieces)
+            file.write(memoryview(content)[piece * edge : (piece + 1) * edge])
+    for file in files:
+        os.fsync(file.fileno())
+        file.close()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
