@@ -42,6 +42,53 @@ def index(
     console.show("image set", two_columns(dataclasses.asdict(result)), as_json)
 
 
+@app.command(epilog="Example: sak plan --budget 500GB; exit code 2: it does not fit the disk")
+def plan(
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes for the whole store, e.g. 500GB: choose codec and resolution."),
+    ] = None,
+    price_per_gb_month: Annotated[
+        float | None, typer.Option(min=0, help="What storing a GB costs a month.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="What an hour of this machine costs.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many images, not those listed.")
+    ] = None,
+    measure_images: Annotated[
+        int, typer.Option(min=2, help="Images to measure on; more measure the codecs better.")
+    ] = 32,
+    epochs: Annotated[
+        float | None,
+        typer.Option(min=0, help="Epochs to compare with online teachers; else those of distill."),
+    ] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """Say, from a few measured images, what extraction takes: bytes, time, price, codec."""
+    from pipeline import planning
+    from pipeline.params import load_params
+    from pipeline.plan_budget import parse_size
+    from pipeline.plan_survey import PlanRequest
+
+    request = PlanRequest(
+        measure_images=measure_images,
+        budget=None if budget is None else parse_size(budget),
+        price_per_gb_month=price_per_gb_month,
+        price_per_hour=price_per_hour,
+        images=images,
+        epochs=epochs,
+    )
+    with console.progress_bar(not as_json) as bar:
+        result = planning.plan(load_params(params), request, bar)
+    for title, report in result.tables[:1] if as_json else result.tables:
+        console.show(title, report, as_json)
+    if not result.fits:
+        raise typer.Exit(2)
+
+
 @app.command("extract-teachers", epilog="Example: sak extract-teachers dinov2 clip")
 def extract_teachers(
     names: Annotated[

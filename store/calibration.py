@@ -102,6 +102,10 @@ class Calibration:
             samples[target.name].add(averaged, tile_edge(target), 1 / self._rows, self._added)
         self._added += 1
 
+    def held_out_tokens(self, target: Target) -> int:
+        """Return how many tokens of a target the fidelity is measured on."""
+        return sum(tiles[..., 0].size for tiles in self._held_out[target.name].tiles)
+
     def fit(self, codec: str) -> dict[str, FittedTarget]:
         """Return the codec of every target, by target name.
 

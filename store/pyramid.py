@@ -1,12 +1,14 @@
 """The resolutions of a level: its own grid, and smaller ones that it is area-averaged to."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.codecs import Values
-from store.spec import Grid
+from store.spec import Grid, LevelSpec, TeacherSpec
 
 
 def area_average(row: Values, grid: Grid) -> Values:
@@ -23,6 +25,23 @@ def area_average(row: Values, grid: Grid) -> Values:
         _weights(width, grid[1]), rows.reshape(grid[0], width, channels)
     )
     return averaged
+
+
+def coarser(grid: Grid, limit: Grid) -> Grid:
+    """Return the grid, each side no larger than that of `limit`."""
+    return min(grid[0], limit[0]), min(grid[1], limit[1])
+
+
+def with_limits(spec: TeacherSpec, limits: Sequence[Grid | None]) -> TeacherSpec:
+    """Return the teacher with every stored grid at each of these limits (None: as it is)."""
+    return replace(spec, levels=tuple(_limited(level, limits) for level in spec.levels))
+
+
+def _limited(level: LevelSpec, limits: Sequence[Grid | None]) -> LevelSpec:
+    grids = {
+        grid if limit is None else coarser(grid, limit) for grid in level.stored for limit in limits
+    }
+    return replace(level, stored=tuple(sorted(grids, reverse=True)))
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ the whole set. Every fifth one only serves to measure what the codec loses.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 
 import torch
@@ -31,7 +31,7 @@ def choose_rows(rows: RowReader, count: int) -> tuple[int, ...]:
             f"a codec is fitted to some images and measured on others, at least 2; {len(good)} of "
             f"the store's {len(rows.images)} images are readable. Use codec: float16"
         )
-    chosen = sorted(good, key=lambda row: _hash(f"{rows.image_id(row)} {row}"))
+    chosen = sorted(good, key=lambda row: sampling_order(rows.image_id(row), row))
     return tuple(chosen[:count])
 
 
@@ -43,19 +43,24 @@ def gather(
     progress.start(f"calibrate {rows.teacher.spec.name}", len(chosen))
     position = 0
     with closing(read_ahead(rows.load, chosen, threads, 2 * batch_size)) as inputs:
-        for batch in _batches(inputs, batch_size):
+        for batch in batches(inputs, batch_size):
             features = rows.teacher(batch)
             levels = {name: values.cpu().numpy() for name, values in features.levels.items()}
             for index in range(len(batch)):
                 row = {name: values[index] for name, values in levels.items()}
-                # The second one too, so that two images suffice.
-                calibration.add(row, held_out=position % _HELD_OUT == 1)
+                calibration.add(row, held_out=is_held_out(position))
                 position += 1
             progress.advance(len(batch))
     return calibration
 
 
-def _batches(inputs: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+def is_held_out(position: int) -> bool:
+    """Tell whether a sampled row is measured on; the second one is, so that two images suffice."""
+    return position % _HELD_OUT == 1
+
+
+def batches(inputs: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Stack tensors, `size` at a time; the last batch may be smaller."""
     batch: list[Tensor] = []
     for image in inputs:
         batch.append(image)
@@ -66,5 +71,6 @@ def _batches(inputs: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield torch.stack(batch)
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def sampling_order(image_id: str, row: int) -> bytes:
+    """Return what rows are sorted by before the first ones are taken as a sample."""
+    return hashlib.sha256(f"{image_id} {row}".encode()).digest()

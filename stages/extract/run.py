@@ -200,7 +200,7 @@ def answer(
         pooled = np.zeros((len(batch), spec.global_channels), np.float32)
     if good:
         features = teacher(torch.stack(list(islice(inputs, len(good)))))
-        _refuse_non_finite(features, spec.name, [rows.image_id(row) for row in good])
+        refuse_non_finite(features, spec.name, [rows.image_id(row) for row in good])
         for name, values in features.levels.items():
             levels[name][valid] = values.cpu().numpy()
         if pooled is not None and features.pooled is not None:
@@ -208,7 +208,8 @@ def answer(
     return levels, pooled, valid
 
 
-def _refuse_non_finite(features: Features, teacher: str, image_ids: Sequence[str]) -> None:
+def refuse_non_finite(features: Features, teacher: str, image_ids: Sequence[str]) -> None:
+    """Raise NonFiniteFeaturesError, naming images and level, where a value is no number."""
     for level, values in features.levels.items():
         finite = torch.isfinite(values).flatten(1).all(1).tolist()
         bad = [name for name, fine in zip(image_ids, finite, strict=True) if not fine]
