@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from store.spec import ImageTable, LevelSpec, TeacherSpec, ViewTable
 from store.stored_codecs import describe_codec
 from store.teacher import TeacherRecord, missing_shards, read_record
 from store.teacher_layout import (
-    MAX_ROWS_PER_SHARD,
     StoredCodec,
     TeacherLayout,
     codec_layouts,
@@ -174,27 +172,22 @@ def count(layout: TeacherLayout) -> dict[str, int]:
     }
 
 
-def evenly(layout: TeacherLayout) -> TeacherLayout:
-    """Return the layout cut so that the mean, not the largest, array's shard has 256 MiB."""
-    sizes = [array.row_bytes for array in layout.features().values()]
-    rows = SHARD_BYTES * len(layout.spec.targets) // sum(sizes)
-    return replace(layout, rows_per_shard=min(MAX_ROWS_PER_SHARD, rows))
-
-
 def print_counts() -> None:
-    print("| grids | codec | rows per shard | TB | shards | files | files per TB | "
-          "if cut by the mean | index | commits | fixed |")  # fmt: skip
-    print("|---" * 11 + "|")
+    print(
+        "| grids | codec | rows per shard | TB | shards | files | files per TB | index | commits "
+        "| fixed |"
+    )
+    print("|---" * 10 + "|")
     for images in (IMAGENET, HUNDRED_MILLION):
         for name in CASES:
             for codec in CODECS:
                 layout = layout_of(name, codec, images)
-                one, other = count(layout), count(evenly(layout))
+                one = count(layout)
                 terabytes, files = TEACHERS * one["bytes"] / 1e12, TEACHERS * one["files"]
                 print(
                     f"| {images / 1e6:.2f} M, {name} | {codec} | {one['rows per shard']:,} | "
                     f"{terabytes:,.2f} | {TEACHERS * one['shards']:,} | {files:,} | "
-                    f"{files / terabytes:,.0f} | {other['files'] / other['bytes'] * 1e12:,.0f} | "
+                    f"{files / terabytes:,.0f} | "
                     f"{one['index'] / one['bytes']:.4%} | {one['commit'] / one['bytes']:.4%} | "
                     f"{TEACHERS * one['fixed'] / 1e6:,.1f} MB |",
                     flush=True,
