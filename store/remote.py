@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 from upath import UPath
 
 from store.errors import StoreError
