@@ -12,9 +12,9 @@ from stages.data.view import whole_image_box
 from stages.progress import Progress
 from store.append import append_images, in_stored_order
 from store.create import create_store
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA
 from store.remote import locate
-from store.spec import ImageTable, ViewTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

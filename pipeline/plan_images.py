@@ -12,7 +12,7 @@ from stages.data.dataset import Dataset, open_dataset
 from stages.data.sources import ImageSource
 from stages.extract.calibrate import sampling_order
 from stages.progress import NoProgress
-from store.spec import ImageTable
+from store.images import ImageTable
 
 
 def sample_images(images: tuple[ImageSource, ...], count: int) -> tuple[ImageSource, ...]:

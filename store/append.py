@@ -7,9 +7,9 @@ as they are. A teacher of fewer rows is recognised by the digests of the rows it
 from store.create import image_difference, root_of
 from store.errors import StoreMismatchError, difference
 from store.files import creation_lock, full_disk_refused
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA
 from store.remote import StorePath, locate
-from store.spec import ImageTable, ViewTable
 from store.swap import replace_tables, settle
 from store.tables import RootRecord, read_images, read_root
 

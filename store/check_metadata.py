@@ -7,9 +7,9 @@ from store.documents import check_document, encode_document, load_document
 from store.errors import StoreDamagedError, StoreError
 from store.files import names_below, read_file
 from store.findings import Verification
+from store.images import ImageTable
 from store.layout import METADATA, ArrayLayout, group_document
 from store.remote import StorePath
-from store.spec import ImageTable
 from store.tables import RootRecord, read_images, read_root, read_views, table_layouts
 from store.teacher import TeacherRecord, is_teacher, read_record
 from store.teacher_layout import TeacherLayout, codec_layouts

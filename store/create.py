@@ -4,9 +4,9 @@ from pathlib import Path
 
 from store.errors import StoreError, StoreMismatchError, difference
 from store.files import creation_lock, full_disk_refused
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA
 from store.remote import StorePath, locate
-from store.spec import ImageTable, ViewTable
 from store.swap import replace_tables, settle
 from store.tables import RootRecord, read_images, read_root
 

@@ -15,9 +15,10 @@ from store.codecs import Codes, Values
 from store.documents import check_document
 from store.errors import StoreError, StoreMismatchError, nearest
 from store.growth import growth_told, refuse_grown
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA, ArrayLayout
 from store.remote import StorePath, locate
-from store.spec import Grid, ImageTable, TeacherSpec, ViewTable, canonical_json
+from store.spec import Grid, TeacherSpec, canonical_json
 from store.statistics import Statistics
 from store.stored_codecs import read_codec
 from store.stored_rows import StoredRows

@@ -7,8 +7,9 @@ from typing import Any
 from store.calibration import FittedTarget
 from store.codecs import parse_codec
 from store.documents import encode_document
+from store.images import ImageTable
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
-from store.spec import ImageTable, TeacherSpec
+from store.spec import TeacherSpec
 from store.stored_codecs import describe_codec
 from store.tables import RootRecord, table_layouts
 from store.teacher import TeacherRecord

@@ -17,9 +17,9 @@ from upath import UPath
 
 from store.documents import write_document
 from store.files import partial_path, ready_path, remove_file, remove_tree, sync_folder
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA, group_document
 from store.remote import StorePath, each
-from store.spec import ImageTable, ViewTable
 from store.tables import RootRecord, write_tables
 
 TABLES = ("images", "views")

@@ -14,9 +14,10 @@ from store.errors import (
     StoreFormatError,
 )
 from store.files import ready_path
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
 from store.remote import StorePath
-from store.spec import FORMAT, FORMAT_VERSION, ImageTable, ViewTable
+from store.spec import FORMAT, FORMAT_VERSION
 
 _SHA256_BYTES = 32
 

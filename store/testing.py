@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from store.calibration import Calibration, FittedTarget
 from store.codecs import parse_codec
 from store.create import create_store
+from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
 from store.remote import StorePath
-from store.spec import GLOBAL, Grid, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import GLOBAL, Grid, LevelSpec, TeacherSpec
 from store.stored_codecs import describe_codec
 from store.teacher_layout import TeacherLayout
 from store.writer import FeatureWriter

@@ -33,10 +33,10 @@ from store.errors import StoreDamagedError, StoreError, nearest
 from store.feature_findings import audit_target
 from store.files import lock_folder, remove_file
 from store.findings import Meter, NoMeter, Verification
+from store.images import ImageTable
 from store.reader import FeatureStore
 from store.remote import StorePath, locate
 from store.shard_scene import ShardScene
-from store.spec import ImageTable
 from store.tables import RootRecord, table_layouts
 from store.teacher import VALID, TeacherRecord, read_record, write_record
 

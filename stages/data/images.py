@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from stages.data.sources import ImageSource
 from stages.progress import Progress
-from store.spec import ImageTable
+from store.images import ImageTable
 
 OK = "ok"
 _SHOWN = 5

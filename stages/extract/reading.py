@@ -15,7 +15,7 @@ from stages.data.images import OK, ImageError, read_image
 from stages.data.view import Box
 from stages.extract.errors import ImageChangedError
 from stages.extract.teachers import Teacher
-from store.spec import ImageTable, ViewTable
+from store.images import ImageTable, ViewTable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -24,11 +24,12 @@ from store.calibration import Fidelity, FittedTarget
 from store.codecs import BitCodec, Codec, Int8Codec, parse_codec
 from store.create import create_store
 from store.documents import encode_document
+from store.images import ImageTable, ViewTable
 from store.layout import METADATA, ArrayLayout, group_document
 from store.pending import merge_shards
 from store.reader import FeatureStore
 from store.shard import ShardWriter
-from store.spec import ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import LevelSpec, TeacherSpec
 from store.stored_codecs import describe_codec
 from store.teacher import TeacherRecord, missing_shards, read_record
 from store.teacher_layout import (

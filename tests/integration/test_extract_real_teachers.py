@@ -15,8 +15,8 @@ from stages.data.sources import ImageSource
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.run import extract
 from stages.progress import NoProgress
+from store.images import ViewTable
 from store.reader import FeatureStore
-from store.spec import ViewTable
 from store.writer import create_store
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

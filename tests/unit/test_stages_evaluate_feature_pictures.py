@@ -25,8 +25,9 @@ from stages.progress import NoProgress
 from store.calibration import Calibration, FittedTarget
 from store.create import create_store
 from store.errors import StoreError
+from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
-from store.spec import GLOBAL, ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import GLOBAL, LevelSpec, TeacherSpec
 from store.testing import sample_features, sample_images, sample_views, write_rows
 from store.writer import FeatureWriter
 

@@ -19,8 +19,9 @@ from stages.evaluate.probe_inputs import FeatureReader, LabelReader, resize, tar
 from stages.evaluate.ridge import RidgeRegression
 from stages.progress import NoProgress
 from store.errors import StoreError
+from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
-from store.spec import ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import LevelSpec, TeacherSpec
 from store.writer import FeatureWriter, create_store
 
 TASKS = {task.name: task for task in (*PASCAL_TASKS, *NYUD_TASKS)}

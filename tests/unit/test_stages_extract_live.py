@@ -19,8 +19,9 @@ from stages.extract.run import extract, extract_teacher
 from stages.extract.teachers import Features, NetworkTeacher, Teacher, load_teacher
 from stages.progress import NoProgress
 from store.findings import Finding, Verification
+from store.images import ViewTable
 from store.reader import FeatureStore
-from store.spec import TeacherSpec, ViewTable
+from store.spec import TeacherSpec
 from store.writer import create_store
 
 VIEW = (32, 48)

@@ -21,8 +21,9 @@ from stages.extract.run import ExtractSummary, extract, extract_teacher
 from stages.extract.teachers import Features, load_teacher
 from stages.progress import NoProgress
 from store.errors import StoreMismatchError
+from store.images import ViewTable
 from store.reader import FeatureStore
-from store.spec import LevelSpec, TeacherSpec, ViewTable
+from store.spec import LevelSpec, TeacherSpec
 from store.writer import create_store
 
 VIEW = (32, 48)

@@ -24,8 +24,9 @@ from stages.train.run import TrainingError, TrainingRun, train
 from stages.train.saving import initialise_from, load_student
 from stages.train.stem import StudentError
 from stages.train.student import build_student
+from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
-from store.spec import ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import LevelSpec, TeacherSpec
 from store.writer import FeatureWriter, create_store
 
 SIZE = (24, 32)

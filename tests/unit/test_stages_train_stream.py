@@ -21,8 +21,9 @@ from stages.train.stream import (
     batches,
     usable_ids,
 )
+from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
-from store.spec import ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.spec import LevelSpec, TeacherSpec
 from store.writer import FeatureWriter, create_store
 
 SIZE = (24, 32)

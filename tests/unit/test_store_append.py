@@ -24,9 +24,10 @@ from store.calibration import FittedTarget
 from store.chunks import read_chunk
 from store.create import create_store
 from store.errors import StoreError, StoreMismatchError, UnfinishedStoreError
+from store.images import ImageTable
 from store.inspect import summarise
 from store.reader import FeatureStore
-from store.spec import GLOBAL, ImageTable, TeacherSpec
+from store.spec import GLOBAL, TeacherSpec
 from store.teacher import UNWRITTEN, is_committed, is_teacher, read_record
 from store.teacher_layout import TeacherLayout
 from store.testing import (

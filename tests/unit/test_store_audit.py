@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from store.audit import FeatureNumbers, LevelAudit, centre_of, robust_z, saturated
 from store.create import create_store
 from store.findings import Finding
+from store.images import ImageTable
 from store.reader import FeatureStore
-from store.spec import ImageTable, LevelSpec, TeacherSpec
+from store.spec import LevelSpec, TeacherSpec
 from store.testing import sample_images, sample_views
 from store.verify import verify
 from store.writer import FeatureWriter

@@ -280,7 +280,7 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 from store import streams
 from store.testing import *
-from store.spec import TeacherSpec
+from store.spec import (TeacherSpec)
 spec = TeacherSpec.from_attributes(json.loads(sys.argv[1]))
 
 def run(url, method, name):

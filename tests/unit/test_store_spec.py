@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from store.errors import StoreError, StoreFormatError, difference, nearest
-from store.spec import ImageTable, LevelSpec, TeacherSpec, ViewTable
+from store.images import ImageTable, ViewTable
+from store.spec import LevelSpec, TeacherSpec
 from store.testing import sample_images, sample_teacher, sample_views
 
 IMAGES = sample_images(3)
