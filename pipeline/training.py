@@ -6,7 +6,7 @@ from pipeline.errors import StepError
 from pipeline.params import Params
 from stages.data.dataset import open_dataset
 from stages.data.tasks import Task
-from stages.extract.teachers import foreseen_provenance
+from stages.extract.provenance import foreseen_provenance
 from stages.progress import Progress
 from stages.train.checkpoint import CheckpointError
 from stages.train.run import TrainingRun, TrainSummary, train

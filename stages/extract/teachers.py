@@ -3,33 +3,26 @@
 Letters: `B` batch, `C` channels, `H W` pixels of the teacher's input, `h w` cells of a level.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from stages.data.view import Box, Resample
+from stages.data.view import Box
 from stages.extract.checkpoints import state_digest
 from stages.extract.config import TeacherConfig
 from stages.extract.errors import TeacherError
-from stages.extract.geometry import InputFrame, plan_input
+from stages.extract.geometry import InputFrame
 from stages.extract.levels import choose_taps, level_names
-from stages.extract.network import Network, NetworkSource, Outline
-from stages.extract.open_clip_networks import OpenClipSource
-from stages.extract.preprocess import Preprocessing, probe_box, probe_digest, probe_image
-from stages.extract.timm_networks import TimmSource
-from store.spec import LevelSpec, TeacherSpec, canonical_json
-
-CODE_VERSION = 1
-"""Raise it when the same weights and settings give other features than before."""
+from stages.extract.network import Network
+from stages.extract.preprocess import Preprocessing, probe_box, probe_image
+from stages.extract.provenance import choose_preprocessing, known_provenance, network_source
+from store.spec import LevelSpec, TeacherSpec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -124,7 +117,7 @@ def load_teacher(
     source = network_source(config)
     outline = source.outline()
     taps = choose_taps(config.levels, outline.reductions)
-    preprocessing = _preprocessing(config, outline, image_size)
+    preprocessing = choose_preprocessing(config, outline, image_size)
     frame = preprocessing.frame
     names = level_names(taps, outline.reductions)
     try:
@@ -154,52 +147,10 @@ def load_teacher(
             "weights_sha256": weights_digest,
             "taps": taps,
             "precision": config.precision,
-            **_foreseen(config, preprocessing, image_size),
+            **known_provenance(config, preprocessing, image_size),
         },
     )
     return teacher
-
-
-def foreseen_provenance(config: TeacherConfig, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Return what a teacher's provenance must say if it were extracted now, as plain JSON.
-
-    Only what is known without its weights in memory: how images are prepared, the version of our
-    code, the digest of the checkpoint's file where that is on this machine.
-
-    Raises:
-        TeacherError: unknown model.
-    """
-    outline = network_source(config).outline()
-    foreseen = _foreseen(config, _preprocessing(config, outline, image_size), image_size)
-    known: dict[str, Any] = json.loads(canonical_json(foreseen))
-    return known
-
-
-def _foreseen(
-    config: TeacherConfig, preprocessing: Preprocessing, image_size: tuple[int, int]
-) -> dict[str, Any]:
-    checkpoint = {}
-    if isinstance(config.checkpoint, Path) and config.checkpoint.is_file():
-        with config.checkpoint.open("rb") as file:
-            checkpoint["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "preprocessing": _described(preprocessing),
-        "probe_sha256": probe_digest(preprocessing, image_size),
-        "code_version": CODE_VERSION,
-        **checkpoint,
-    }
-
-
-def _preprocessing(
-    config: TeacherConfig, outline: Outline, image_size: tuple[int, int]
-) -> Preprocessing:
-    multiple = max(outline.reductions)
-    return Preprocessing(
-        frame=plan_input(config.input_size, image_size, outline.native, multiple),
-        mean=config.mean or outline.mean,
-        std=config.std or outline.std,
-        interpolation=config.interpolation or _known_interpolation(outline),
-    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -224,28 +175,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def network_source(config: TeacherConfig) -> NetworkSource:
-    """Return the model that a configuration names; nothing is built yet."""
-    library, _, name = config.source.partition(":")
-    if library == "timm":
-        return TimmSource(name=name, checkpoint=config.checkpoint, model_args=config.model_args)
-    model, _, tag = name.partition("/")
-    return OpenClipSource(
-        name=model, tag=tag, checkpoint=config.checkpoint, model_args=config.model_args
-    )
-
-
-def _known_interpolation(outline: Outline) -> Resample:
-    known: tuple[Resample, ...] = get_args(Resample)
-    for name in known:
-        if outline.interpolation == name:
-            return name
-    raise TeacherError(
-        f"the model states interpolation {outline.interpolation!r}; set the teacher's "
-        f"`interpolation:` to one of {', '.join(known)}"
-    )
-
-
 def _on_view(grid: Tensor, frame: InputFrame) -> Tensor:
     """B C h w -> B h w C, without the cells that lie on padding."""
     rows, columns = frame.cells((grid.shape[2], grid.shape[3]))
@@ -266,13 +195,3 @@ def _level(
         channels=channels,
         stored=tuple(sorted(stored, reverse=True)),
     )
-
-
-def _described(preprocessing: Preprocessing) -> dict[str, Any]:
-    return {
-        "input_size": preprocessing.frame.size,
-        "content_size": preprocessing.frame.content,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "interpolation": preprocessing.interpolation,
-    }

@@ -19,7 +19,7 @@ from pipeline.params import load_params
 from stages.data.dataset import open_dataset
 from stages.data.images import decode_image
 from stages.data.view import whole_image_box
-from stages.extract import teachers as teachers_module
+from stages.extract import provenance
 from stages.extract.teachers import load_teacher
 from store.reader import FeatureStore
 
@@ -146,11 +146,11 @@ def test_training_refuses_features_that_would_come_out_differently_now(
     sak("index", *options)
     sak("extract-teachers", *options)
 
-    monkeypatch.setattr(teachers_module, "CODE_VERSION", 99)
+    monkeypatch.setattr(provenance, "CODE_VERSION", 99)
     refused = sak("train-student", "distill", *options, code=2)
     assert "code_version: store has 1, asked for 99" in refused
     monkeypatch.undo()
-    monkeypatch.setattr(teachers_module, "probe_digest", lambda *_: "another")
+    monkeypatch.setattr(provenance, "probe_digest", lambda *_: "another")
     refused = sak("train-student", "distill", *options, code=2)
     assert "probe_sha256" in refused
     monkeypatch.undo()

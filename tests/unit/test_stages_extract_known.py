@@ -7,7 +7,7 @@ import timm
 from stages.extract.config import TeacherConfig
 from stages.extract.known import KNOWN_TEACHERS, TeacherDescription, describe_teachers
 from stages.extract.levels import choose_taps, is_staged
-from stages.extract.teachers import network_source
+from stages.extract.provenance import network_source
 
 
 @pytest.mark.parametrize("teacher", KNOWN_TEACHERS, ids=lambda teacher: teacher.name)
