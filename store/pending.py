@@ -1,13 +1,14 @@
 """The shard that is being written: rows arrive in order, nothing shows until it is committed."""
 
 from collections.abc import Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import read_chunk, write_chunk
-from store.codecs import Codec, Values
+from store.codecs import Codec, Codes, Values
 from store.files import remove_file
 from store.layout import ArrayLayout
 from store.pyramid import area_average
@@ -17,6 +18,8 @@ from store.spec import Grid
 from store.statistics import Moments
 from store.teacher import QUARANTINED, VALID
 from store.teacher_layout import TeacherLayout
+
+Done = TypeVar("Done")
 
 
 class TargetWriter:
@@ -36,7 +39,8 @@ class TargetWriter:
     ) -> None:
         self.file = ShardWriter(folder, array, shard)
         self.moments = moments
-        self._array, self._codec, self._grid = array, codec, grid
+        self._codec, self._grid = codec, grid
+        self._nothing = np.zeros(array.shape[1:], array.dtype)
         # A fresh array per row would cost more in page faults than the sums themselves.
         self._scratch: NDArray[np.float64] | None = None
         self._product: NDArray[np.float64] | None = None
@@ -47,17 +51,15 @@ class TargetWriter:
 
     def append(self, values: Values, valid: NDArray[np.bool_]) -> None:
         """Add rows: values (n, H, W, C) of the level, or (n, C); invalid ones become zeros."""
-        codes = np.zeros((len(values), *self._array.shape[1:]), self._array.dtype)
-        for row in np.flatnonzero(valid):
-            value = values[row]
-            codes[row] = self._codec.encode(
-                value if self._grid is None else area_average(value, self._grid)
-            )
-            if self.moments is not None and self._scratch is not None:
-                decoded = self._codec.decode(codes[row])
-                one = Moments.of(decoded, self._scratch, self._product)
-                self.moments = self.moments.merge(one)
-        self.file.append(codes)
+        for value, good in zip(values, valid, strict=True):
+            self.file.append(self._encode(value) if good else self._nothing)
+
+    def _encode(self, value: Values) -> Codes:
+        codes = self._codec.encode(value if self._grid is None else area_average(value, self._grid))
+        if self.moments is not None and self._scratch is not None:
+            decoded = self._codec.decode(codes)
+            self.moments = self.moments.merge(Moments.of(decoded, self._scratch, self._product))
+        return codes
 
 
 class PendingShard:
@@ -105,8 +107,7 @@ class PendingShard:
         def write(name: str) -> None:
             self._writers[name].append(values[self._levels.get(name, name)], valid)
 
-        for done in [self._pool.submit(write, name) for name in self._writers]:
-            done.result()
+        _finished([self._pool.submit(write, name) for name in self._writers])
         self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))
         self.next_row += len(valid)
 
@@ -135,6 +136,12 @@ class PendingShard:
         """Remove what was written; does nothing once committed."""
         for writer in self._writers.values():
             writer.file.discard()
+
+
+def _finished(futures: list[Future[Done]]) -> list[Done]:
+    """Return all results; only then raise what one raised, for files are closed after that."""
+    wait(futures)
+    return [future.result() for future in futures]
 
 
 def empty_moments(layout: TeacherLayout) -> dict[str, Moments]:

@@ -28,19 +28,18 @@ class ShardWriter:
     def __init__(self, folder: StorePath, layout: ArrayLayout, number: int) -> None:
         self._slots = layout.chunk[0]
         self._record_bytes = layout.row_bytes + CHECKSUM_BYTES
+        self._record = np.empty(self._record_bytes, np.uint8)
         self._rows = 0
         self._hash = hashlib.sha256()
         self._file = new_file(folder / layout.file_path(number))
 
-    def append(self, values: NDArray[Any]) -> None:
-        """Write rows (n, ...) behind those already written."""
-        records = np.empty((len(values), self._record_bytes), np.uint8)
-        records[:, :-CHECKSUM_BYTES] = values.reshape(len(values), -1).view(np.uint8)
-        for record in records:
-            crc = checksum(record[:-CHECKSUM_BYTES])
-            record[-CHECKSUM_BYTES:] = np.frombuffer(crc, np.uint8)
-        self._write(records.data.cast("B") if len(records) else b"")
-        self._rows += len(values)
+    def append(self, row: NDArray[Any]) -> None:
+        """Write a row behind those already written."""
+        self._record[:-CHECKSUM_BYTES] = np.ascontiguousarray(row).reshape(-1).view(np.uint8)
+        crc = checksum(self._record[:-CHECKSUM_BYTES])
+        self._record[-CHECKSUM_BYTES:] = np.frombuffer(crc, np.uint8)
+        self._write(self._record.data)
+        self._rows += 1
 
     def seal(self) -> bytes:
         """Write the index, make the file durable and return its SHA-256."""
