@@ -145,8 +145,8 @@ class Survey:
         return [list(grid) for grid in sorted(grids, reverse=True)]
 
     def options(self, name: str) -> list[Option]:
-        """Return every way to store a teacher that meets the contract."""
-        cost, found = self.costs[name], []
+        """Return every way to store a teacher that meets the contract, or loses less than one."""
+        cost, found, bar = self.costs[name], [], -1.0
         for limit in self.limits:
             for codec in cost.codecs:
                 stored = self.stored(name, codec, limit)
@@ -156,13 +156,12 @@ class Survey:
                     + cost.blur[target.name]
                     for target in finest
                 ]  # fmt: skip
+                loss = round(max(*lost, 0.0), 6)  # the sample tells no smaller differences apart
+                found.append(Option(codec=codec, limit=limit, bytes=stored.size.bytes, loss=loss))
                 if stored.meets_contract:
-                    # The sample tells no smaller differences apart.
-                    loss = round(max(*lost, 0.0), 6)
-                    found.append(
-                        Option(codec=codec, limit=limit, bytes=stored.size.bytes, loss=loss)
-                    )
-        return found
+                    bar = max(bar, loss)
+        # Smaller codecs have lower bars: one that misses its own still beats a smaller that meets.
+        return [option for option in found if option.loss <= bar]
 
 
 def grid_limits(student: Grid) -> tuple[Grid | None, ...]:

@@ -28,7 +28,8 @@ _Tiles = NDArray[np.float32]
 class Fidelity:
     """What is left of tokens after encoding and decoding, on rows that were not fitted to.
 
-    Cosine similarity of a token (all its channels) with what is decoded, mean and 1st percentile;
+    Cosine similarity of a token (all its channels; tokens of zeros left out, they have no
+    direction) with what is decoded, mean and 1st percentile;
     norm of the error of all tokens over the norm of all tokens.
     """
 
@@ -149,9 +150,10 @@ def measure(codec: Codec, tiles: _Tiles) -> Fidelity:
     decoded = codec.decode(codec.encode(row)).astype(np.float64)
     exact = row.astype(np.float64)
     norms = np.linalg.norm(exact, axis=-1) * np.linalg.norm(decoded, axis=-1)
-    same = (exact == decoded).all(axis=-1)  # tokens of zeros have no direction to lose
     cosines = (exact * decoded).sum(axis=-1) / np.where(norms > 0, norms, 1)
-    cosines[same] = 1.0
+    cosines[(exact == decoded).all(axis=-1)] = 1.0  # not 1 less a rounding error
+    directed = cosines[exact.any(axis=-1)]  # tokens of zeros have no direction to lose
+    cosines = directed if directed.size else np.ones(1)
     whole = np.linalg.norm(exact)
     return Fidelity(
         cosine_mean=float(cosines.mean()),

@@ -153,8 +153,9 @@ class BitCodec(_Fitted):
     """Principal components of blocks of tokens, each on as many uneven steps as it is worth.
 
         steps = (codes[..., byte] >> shift) & mask
-        blocks = table[first + steps] @ rotation + mean          # (H / b, W / b, D), D = b * b * C
-        values = tokens * np.linalg.norm(tokens, axis=-1, keepdims=True)   # tokens of the blocks
+        blocks = table[first + steps] @ rotation + mean          # (h, w, b * b * C), H = h * b
+        tokens = blocks.reshape(h, w, b, b, -1).swapaxes(1, 2).reshape(h * b, w * b, -1)  # b > 1
+        values = tokens * np.linalg.norm(tokens, axis=-1, keepdims=True)
 
     What is coded is a token over the root of its norm, so that small tokens, whose direction counts
     as much in a cosine, get smaller errors without a gain beside them. `byte`, `shift`, `mask`,

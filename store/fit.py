@@ -33,6 +33,7 @@ MAX_BLOCK_VALUES = 256
 """Blocks are as large as keeps their transform this small: 4 x 4 tokens of 16 channels."""
 HEADROOM = 1.25
 """How far beyond the sample's range int8 reaches; the square law makes that cheap."""
+_TINY = np.finfo(np.float32).tiny
 _LLOYD_STEPS = 30
 _KNOTS = 513
 
@@ -73,7 +74,9 @@ def _int8(tokens: NDArray[np.float32], rotation: NDArray[np.float16] | None) -> 
     deviations = tokens - mean
     components = deviations if rotation is None else deviations @ rotation.T.astype(np.float32)
     reach = np.abs(components).max(axis=0) * np.float32(HEADROOM)
-    scale = np.where(reach > 0, reach / 127**2, 1).astype(np.float32)  # dead channels: any
+    scale = np.where(reach > 0, np.maximum(reach / 127**2, _TINY), 1).astype(
+        np.float32
+    )  # dead channels: any
     return Int8Codec(scale=scale, offset=mean, rotation=rotation)
 
 

@@ -111,6 +111,17 @@ def read_codec(folder: StorePath, target: Target, stored: StoredCodec) -> Fitted
         StoreDamagedError: its arrays are not those that were written with the teacher.
     """
     check_codec(stored.name, target, stored)
+    where = folder / codec_folder(target)
+    try:
+        return _read_codec(folder, target, stored)
+    except StoreDamagedError as error:
+        raise StoreDamagedError(
+            f"{error}. Without {where} nothing at this resolution can be decoded: put these files "
+            f"back from a copy, or delete {folder} and run `sak extract-teachers {folder.name}`"
+        ) from error
+
+
+def _read_codec(folder: StorePath, target: Target, stored: StoredCodec) -> FittedTarget:
     arrays = {
         name: read_array(folder, layout) for name, layout in codec_layouts(target, stored).items()
     }

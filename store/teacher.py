@@ -174,7 +174,9 @@ def begin_teacher(
         StoreError: a codec has to be fitted, and there is no `calibrate`.
     """
     if (folder / METADATA).exists():
-        record = _continued(folder, read_record(folder), asked)
+        stored = read_record(folder)
+        _refuse_other_cut(folder, stored)
+        record = _continued(folder, stored, asked)
         write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         remove_tree(folder / "valid")
@@ -187,6 +189,26 @@ def begin_teacher(
     each(folder, lambda path: write_document(folder / path, documents[path]), documents)
     write_record(folder, record)
     return record
+
+
+def _refuse_other_cut(folder: StorePath, record: TeacherRecord) -> None:
+    """Refuse a description whose shards are not those on disk, before anything is written.
+
+    Raises:
+        StoreDamagedError: an array there is cut otherwise than described.
+    """
+    layout = record.layout
+    for array in [*layout.features().values(), layout.valid()]:
+        path = folder / array.path / METADATA
+        if (
+            path.exists()
+            and load_document(path).get("chunk_grid") != array.document()["chunk_grid"]
+        ):
+            raise StoreDamagedError(
+                f"{folder / METADATA} says {record.rows_per_shard} rows per shard, {path} has "
+                "another shard; one of them is damaged, and nothing was written. Put the right file "
+                f"back, or delete {folder} to extract this teacher anew"
+            )
 
 
 def _continued(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -> TeacherRecord:

@@ -77,7 +77,7 @@ def calibrate(params: Any, name: str, images: int) -> Calibration:
     teacher = load_teacher(name, params.teachers[name], params.image_size, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         store_path = Path(folder) / "features.zarr"
-        index(params.model_copy(update={"store": str(store_path)}), NoProgress())
+        index(params.model_copy(update={"store": str(store_path)}), False, NoProgress())
         store = FeatureStore(store_path)
         paths = {image.id: image.path for image in open_dataset(params.data).images}
         rows = RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)

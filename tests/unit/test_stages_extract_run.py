@@ -30,7 +30,7 @@ VIEW = (32, 48)
 COUNT = 11
 ROWS_PER_SHARD = 4
 ROW_BYTES = 2 * 2 * 3 * 3
-SHARD_BYTES = ROWS_PER_SHARD * ROW_BYTES
+SHARD_BYTES = ROWS_PER_SHARD * (ROW_BYTES + 2 * 3) // 2  # mean of the level and the pooled output
 
 
 SPEC = TeacherSpec(

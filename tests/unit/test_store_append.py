@@ -45,7 +45,7 @@ from store.writer import FeatureWriter
 SPEC = sample_teacher()
 PYRAMID = ((3, 4), (1, 2))
 SPECS = [SPEC] + [sample_teacher(codec=codec, stored=PYRAMID) for codec in ("int8", "pca-2bit")]
-CODECS = {spec.codec: sample_codecs(spec) for spec in SPECS[1:]}
+CODECS = {spec.codec: sample_codecs(spec, 64) for spec in SPECS[1:]}
 ROW_BYTES = {spec.codec: sample_shard_bytes(spec, 1) for spec in SPECS}
 
 

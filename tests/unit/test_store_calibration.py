@@ -12,6 +12,7 @@ import store.calibration
 from store.calibration import MAX_TOKENS, Calibration, measure, tile_edge
 from store.codecs import FloatCodec, Int8Codec
 from store.errors import StoreError
+from store.fit import fit_codec
 from store.pyramid import area_average
 from store.spec import LevelSpec, Target, TeacherSpec
 
@@ -169,3 +170,11 @@ def test_area_average_takes_any_float_and_memory_order() -> None:
     turned = np.ascontiguousarray(values.transpose(2, 0, 1)).transpose(1, 2, 0)
     np.testing.assert_array_equal(area_average(turned, (4, 5)), found)
     np.testing.assert_array_equal(area_average(values, (6, 9)), values)
+
+
+def test_tokens_of_zeros_are_left_out_of_the_cosine() -> None:
+    tiles = np.random.default_rng(0).normal(2, 1, size=(64, 4, 4, 3)).astype(np.float32)
+    tiles[8:] = 0
+    codec = fit_codec("int8", tiles)
+    assert measure(codec, tiles).cosine_mean > 0.99
+    assert measure(codec, np.zeros_like(tiles)).cosine_mean == 1.0

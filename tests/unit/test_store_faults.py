@@ -405,3 +405,15 @@ def test_broken_json_is_refused(path: Path) -> None:
 def test_features_read_back_are_the_sample(path: Path) -> None:
     expected = sample_features(SPEC, range(ROWS))["stage_1"].astype(np.float16)
     np.testing.assert_array_equal(read_everything(path)["stage_1"], expected)
+
+
+@pytest.mark.parametrize("count", [5, 10**18])
+def test_a_writer_refuses_shards_cut_otherwise_before_it_writes(path: Path, count: int) -> None:
+    edit(
+        path / "small" / "zarr.json",
+        lambda document: document["attributes"].update(rows_per_shard=count),
+    )
+    before = tree(path)
+    with pytest.raises(StoreDamagedError, match="nothing was written"):
+        FeatureWriter.open(path, SPEC, covariance=True)
+    assert tree(path) == before

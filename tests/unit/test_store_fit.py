@@ -132,3 +132,11 @@ def test_more_bits_never_lose_more(channels: int, correlation: float, seed: int)
     # What is minimised is the error of tokens over the root of their norm, hence the tolerance.
     assert (np.diff(cosines) > -1e-3).all()
     assert (np.diff(errors) < 3e-3).all()
+
+
+def test_a_channel_of_denormal_numbers_is_no_obstacle() -> None:
+    tiles = np.random.default_rng(0).normal(size=(64, 4, 4, 3)).astype(np.float32)
+    tiles[..., 1] *= np.float32(1e-41)
+    codec = fit_codec("int8", tiles)
+    decoded = codec.decode(codec.encode(tiles[0]))
+    np.testing.assert_allclose(decoded[..., 1], tiles[0, ..., 1], atol=1e-37)
