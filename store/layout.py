@@ -45,7 +45,8 @@ class ArrayLayout:
     """One array: `chunk` is the extent of one file along each axis; `row_chunks` cuts it in rows.
 
     Float arrays read as NaN where nothing was written, so that a mean over an unfinished store is
-    NaN and never a plausible number.
+    NaN and never a plausible number. Coded arrays have no such number: they read as zeros there,
+    and only `valid` tells.
     """
 
     path: str
