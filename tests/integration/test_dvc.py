@@ -91,23 +91,23 @@ def paint(project: Path, *names: str) -> None:
 def test_only_the_images_that_were_added_are_extracted(project: Path) -> None:
     params = yaml.safe_load((project / "params.yaml").read_text())
     params |= {"image_size": [256, 384], "tasks": [], "data": {"kind": "folder", "root": "photos"}}
-    params["extract"] = {"batch_size": 4, "shard_megabytes": 1}  # 14 rows of 32 x 48 x 24 values
+    params["extract"] = {"batch_size": 4, "shard_megabytes": 1}  # 17 rows of 32 x 48 x 24 values
     write(project, params)
     (project / "photos").mkdir()
-    paint(project, *(f"b{number}" for number in range(16)))
+    paint(project, *(f"b{number}" for number in range(20)))
     assert repro(project, "extract@first") == {"index", "extract@first"}
     native = project / "features.zarr" / "first" / "block_03" / "native"
     whole, short = native / "c.0.0.0.0", native / "c.1.0.0.0"
     before = whole.stat()
     short_bytes = short.stat().st_size
 
-    paint(project, "a16", "a17")
+    paint(project, "a20", "a21")
     repro(project, "--force", "--single-item", "index")
     assert repro(project, "extract@first") == {"extract@first"}
     after = whole.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert short.stat().st_size > short_bytes
     store = FeatureStore(project / "features.zarr")
-    assert store.images.ids[-2:] == ("a16", "a17")
-    assert store.read("first", "block_03", range(18)).shape == (18, 32, 48, 24)
+    assert store.images.ids[-2:] == ("a20", "a21")
+    assert store.read("first", "block_03", range(22)).shape == (22, 32, 48, 24)
     assert repro(project, "extract@first") == set()
