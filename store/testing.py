@@ -1,5 +1,7 @@
 """Small stores for tests, of this package and of whatever reads or writes one."""
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,3 +184,28 @@ def flip_bits(
                 yield file, position
             finally:
                 file.write_bytes(original)
+
+
+def kill_at_call(number: int, names: Sequence[str]) -> None:
+    """Have this process kill itself at the `number`-th call of any of these functions of `os`.
+
+    A killed write is torn half way. fsync does nothing, it would only take time.
+    """
+    calls = 0
+
+    def counted(name: str) -> Any:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                if name == "write":
+                    real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None if name == "fsync" else real(*arguments, **options)
+
+        return call
+
+    for name in names:
+        setattr(os, name, counted(name))

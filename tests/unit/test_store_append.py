@@ -391,29 +391,16 @@ def test_any_appends_interrupted_anywhere(spec: TeacherSpec, data: st.DataObject
 
 
 KILLED = """
-import os, shutil, signal, sys
+import os, shutil, sys
 from pathlib import Path
 from store.append import append_images
 from store.testing import *
 from store.writer import FeatureWriter
 folder = Path(sys.argv[1])
 spec = sample_teacher(codec=sys.argv[3], stored=((3, 4), (1, 2)))
-calls = 0
 
 def run(path, kill_at):
-    def counted(name):
-        real = getattr(os, name)
-        def call(*arguments, **options):
-            global calls
-            calls += 1
-            if calls == kill_at:
-                if name == "write":  # a torn write
-                    real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return None if name == "fsync" else real(*arguments, **options)
-        setattr(os, name, call)
-    for name in ("write", "fsync", "replace", "unlink", "rmdir", "mkdir"):
-        counted(name)
+    kill_at_call(kill_at, ("write", "fsync", "replace", "unlink", "rmdir", "mkdir"))
     append_images(path, sample_images(11), sample_views(11))
     with FeatureWriter.open(path, spec) as writer:
         for rows in writer.missing():
