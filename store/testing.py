@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from store.calibration import Calibration, FittedTarget
 from store.codecs import parse_codec
 from store.create import create_store
+from store.errors import StoreError, StoreFormatError
 from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
 from store.remote import StorePath
 from store.spec import GLOBAL, Grid, LevelSpec, TeacherSpec
 from store.stored_codecs import describe_codec
 from store.teacher_layout import TeacherLayout
+from store.verify import verify
 from store.writer import FeatureWriter
 
 
@@ -184,6 +186,29 @@ def flip_bits(
                 yield file, position
             finally:
                 file.write_bytes(original)
+
+
+def refuse_every_flip(path: Path, below: Path, per_file: int) -> list[str]:
+    """Flip bits of the files below a folder of the store at `path`; return each flip's file.
+
+    Raises:
+        AssertionError: a flip that `verify` calls clean, or that changes what a reader returns.
+    """
+    expected, flipped, unseen = read_everything(path), [], []
+    for file, position in flip_bits(below, per_file, np.random.default_rng(1)):
+        flipped.append(file.relative_to(path).as_posix())
+        try:
+            if verify(path).clean:
+                unseen.append((flipped[-1], position))
+        except StoreFormatError:
+            pass  # refused on open
+        try:
+            for name, values in read_everything(path).items():
+                np.testing.assert_array_equal(values, expected[name], err_msg=flipped[-1])
+        except StoreError:
+            pass
+    assert unseen == []
+    return flipped
 
 
 def kill_at_call(number: int, names: Sequence[str]) -> None:
