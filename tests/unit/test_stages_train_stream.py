@@ -71,7 +71,7 @@ def make_store(path: Path, dataset: Dataset, quarantined: str = "0001") -> Featu
     random = np.random.default_rng(1)
     for name, grids in TEACHERS.items():
         levels = tuple(
-            LevelSpec(name=f"block_{k}", grid=grid, channels=16 * (k + 1))
+            LevelSpec(name=f"block_{k}", grid=grid, channels=16 * (k + 1), stored=(grid, (2, 2)))
             for k, grid in enumerate(grids)
         )
         spec = TeacherSpec(name=name, levels=levels, provenance={"seed": 1})
@@ -184,3 +184,22 @@ def test_worker_processes_change_nothing(
         assert mine.images.equal(theirs.images)
         assert mine.targets["sam"][1].equal(theirs.targets["sam"][1])
     assert torch.get_rng_state().equal(random)
+
+
+def test_the_phase_picks_the_resolution(
+    spec: StreamSpec, dataset: Dataset, store: FeatureStore
+) -> None:
+    rows = [store.row(spec.ids[0])]
+    both = replace(spec, teachers=("dino", "sam"))
+    for limit, grids in {
+        "finest": {"dino": [(3, 4), (6, 8)], "sam": [(5, 7), (4, 4)]},
+        (4, 4): {"dino": [(3, 4), (2, 2)], "sam": [(2, 2), (4, 4)]},
+        (2, 3): {"dino": [(2, 2), (2, 2)], "sam": [(2, 2), (2, 2)]},
+    }.items():
+        targets = read(replace(both, resolution=limit), dataset, store, 0).targets
+        for name, expected in grids.items():
+            for level, (target, grid) in enumerate(zip(targets[name], expected, strict=True)):
+                stored = store.read(name, f"block_{level}", rows, grid)
+                np.testing.assert_array_equal(target.numpy(), stored)
+    with pytest.raises(StreamError, match=r"3 x 4, 2 x 2.*resolutions"):
+        read(replace(both, resolution=(1, 9)), dataset, store, 0)
