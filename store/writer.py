@@ -11,18 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import write_array
-from store.codecs import FLOAT16_MAX, FLOATS, Codec, FloatCodec, Values
+from store.codecs import FLOAT16_MAX, FLOATS, Codec, Codes, FloatCodec, Values
 from store.create import create_store
 from store.documents import write_document
+from store.encode import encode
 from store.errors import StoreError, UnfinishedStoreError
 from store.files import Lock, full_disk_refused, lock_folder, make_folder
+from store.layout import ArrayLayout
 from store.pending import PendingShard, merge_shards
 from store.remote import StorePath, locate
 from store.spec import GLOBAL, TeacherSpec
 from store.stored_codecs import Calibrate, read_codec
 from store.tables import read_root
 from store.teacher import TeacherRecord, begin_teacher, missing_shards, write_record
-from store.values import check_values
+from store.values import check_codes, check_values
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
 
@@ -102,6 +104,16 @@ class FeatureWriter:
         """Bytes of one row of all arrays as stored, without checksums."""
         return sum(array.row_bytes for array in self._layout.features().values())
 
+    @property
+    def arrays(self) -> Mapping[str, ArrayLayout]:
+        """The array of each target, and of `global`, by name."""
+        return self._layout.features()
+
+    @property
+    def codecs(self) -> Mapping[str, Codec]:
+        """How each target, and `global`, is stored, by name."""
+        return self._codecs
+
     def missing(self) -> list[range]:
         """Return the row ranges of the shards that are not committed, in order."""
         return [self._layout.shard_rows(shard) for shard in self._missing]
@@ -113,9 +125,7 @@ class FeatureWriter:
         pooled: Values | None,
         valid: NDArray[np.bool_],
     ) -> None:
-        """Write a range given by `missing`, whole or in consecutive parts.
-
-        The shard is committed with its last part; memory is one part, not one shard.
+        """Encode rows and write them, as `write_codes` does.
 
         Args:
             rows: the rows of this part, all of one shard.
@@ -128,10 +138,34 @@ class FeatureWriter:
                 exceed float16, or a full disk. The begun shard is dropped, all others are safe.
         """
         try:
-            pending = self._turn(rows)
             values = self._checked(rows, levels, pooled, valid)
+            codes = encode(self._layout, self._codecs, values, valid, self._pool)
+        except BaseException:
+            self._drop()
+            raise
+        self.write_codes(rows, codes, valid)
+
+    def write_codes(
+        self, rows: range, codes: Mapping[str, Codes], valid: NDArray[np.bool_]
+    ) -> None:
+        """Write a range given by `missing`, whole or in consecutive parts.
+
+        The shard is committed with its last part; memory is one part, not one shard.
+
+        Args:
+            rows: the rows of this part, all of one shard.
+            codes: (n, ...) as stored by `codecs`, of each target and of `global`, by name.
+            valid: (n,) False where the image is quarantined; such rows must be zeros.
+
+        Raises:
+            StoreError: rows out of turn, wrong names, shapes or types, floats that are not finite,
+                or a full disk. The begun shard is dropped, all others are safe.
+        """
+        try:
+            pending = self._turn(rows)
+            check_codes(self._layout, codes, valid, rows.start)
             with full_disk_refused(self._folder, self._state):
-                pending.append(values, valid)
+                pending.append(codes, valid)
                 if pending.full:
                     self._lock.check()
                     pending.commit()

@@ -18,7 +18,8 @@ from torch import Tensor
 from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.config import ExtractConfig, TeacherConfig
-from stages.extract.errors import ExtractionError, NonFiniteFeaturesError
+from stages.extract.encode import Encoder, refuse_unstorable
+from stages.extract.errors import ExtractionError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
 from stages.progress import Progress
@@ -29,8 +30,6 @@ from store.writer import FeatureWriter
 
 _BATCHES_AHEAD = 2
 _SHOWN = 5
-
-_Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +129,14 @@ def extract_teacher(
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
         progress.start(f"extract {teacher.spec.name}", len(asked))
+        encoder = Encoder(teacher.spec, writer.arrays, writer.codecs)
         started = time.perf_counter()
         ahead = _BATCHES_AHEAD * batch_size
         with closing(read_ahead(rows.load, good, threads, ahead)) as inputs:
             for batch in _batches(missing, batch_size):
-                writer.write(batch, *answer(teacher, rows, batch, inputs))
+                features, valid = answer(teacher, rows, batch, inputs)
+                codes = encoder(features, valid)
+                writer.write_codes(batch, codes, valid)
                 progress.advance(len(batch))
         writer.finish()
         seconds = time.perf_counter() - started
@@ -188,34 +190,16 @@ def _batches(shards: Sequence[range], batch_size: int) -> Iterator[range]:
 
 def answer(
     teacher: Teacher, rows: RowReader, batch: Sequence[int], inputs: Iterator[Tensor]
-) -> tuple[dict[str, _Array], _Array | None, NDArray[np.bool_]]:
-    """Return levels (n, h, w, C), pooled (n, C) and validity (n,) of a batch, zeros if invalid."""
+) -> tuple[Features | None, NDArray[np.bool_]]:
+    """Return what a teacher says of the valid rows of a batch, None if there are none, and which.
+
+    Raises:
+        NonFiniteFeaturesError: the teacher answered with what cannot be stored.
+    """
     good = [row for row in batch if rows.is_ok(row)]
     valid = np.array([rows.is_ok(row) for row in batch])
-    spec = teacher.spec
-    shapes = {level.name: (*level.grid, level.channels) for level in spec.levels}
-    levels = {name: np.zeros((len(batch), *shape), np.float32) for name, shape in shapes.items()}
-    pooled = None
-    if spec.global_channels is not None:
-        pooled = np.zeros((len(batch), spec.global_channels), np.float32)
-    if good:
-        features = teacher(torch.stack(list(islice(inputs, len(good)))))
-        refuse_non_finite(features, spec.name, [rows.image_id(row) for row in good])
-        for name, values in features.levels.items():
-            levels[name][valid] = values.cpu().numpy()
-        if pooled is not None and features.pooled is not None:
-            pooled[valid] = features.pooled.cpu().numpy()
-    return levels, pooled, valid
-
-
-def refuse_non_finite(features: Features, teacher: str, image_ids: Sequence[str]) -> None:
-    """Raise NonFiniteFeaturesError, naming images and level, where a value is no number."""
-    for level, values in features.levels.items():
-        finite = torch.isfinite(values).flatten(1).all(1).tolist()
-        bad = [name for name, fine in zip(image_ids, finite, strict=True) if not fine]
-        if bad:
-            more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            raise NonFiniteFeaturesError(
-                f"teacher {teacher!r}, {level}: NaN or infinity for {', '.join(bad[:_SHOWN])}"
-                f"{more}. fp16 overflows where bf16 and fp32 do not; else check the weights."
-            )
+    if not good:
+        return None, valid
+    features = teacher(torch.stack(list(islice(inputs, len(good)))))
+    refuse_unstorable(features, teacher.spec, [rows.image_id(row) for row in good])
+    return features, valid

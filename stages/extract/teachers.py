@@ -22,7 +22,7 @@ from stages.extract.levels import choose_taps, level_names
 from stages.extract.network import Network
 from stages.extract.preprocess import Preprocessing, probe_box, probe_image
 from stages.extract.provenance import choose_preprocessing, known_provenance, network_source
-from store.spec import LevelSpec, TeacherSpec
+from store.spec import GLOBAL, LevelSpec, TeacherSpec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +37,10 @@ class Features:
 
     levels: Mapping[str, Tensor]
     pooled: Tensor | None
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the levels, and the pooled output as `global` where there is one."""
+        return {**self.levels, **({} if self.pooled is None else {GLOBAL: self.pooled})}
 
 
 @runtime_checkable
