@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil several frozen vision models into one student, through a store of their features.",
     epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 3 verify found something, "
-    "130 interrupted.",
+    "130 interrupted, 143 terminated (SIGTERM); both resume.",
 )
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
@@ -89,7 +89,11 @@ def plan(
         raise typer.Exit(2)
 
 
-@app.command("extract-teachers", epilog="Example: sak extract-teachers dinov2 clip")
+@app.command(
+    "extract-teachers",
+    epilog="Example: sak extract-teachers dinov2 clip --workers 2; or dask scheduler, dask worker "
+    "tcp://head:8786 --nthreads 1 on each machine, sak extract-teachers --scheduler tcp://head:8786",
+)
 def extract_teachers(
     names: Annotated[
         list[str] | None, typer.Argument(help="Teachers of the parameter file; all when left out.")
@@ -97,6 +101,12 @@ def extract_teachers(
     replace: Annotated[
         bool, typer.Option(help="Delete features that were written under other settings.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes here; one per GPU, if there are.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a dask scheduler whose workers do the work.")
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -105,7 +115,9 @@ def extract_teachers(
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = extraction.extract_teachers(load_params(params), names or [], replace, bar)
+        result = extraction.extract_teachers(
+            load_params(params), names or [], replace, bar, workers, scheduler
+        )
     console.show("extracted teachers", result, as_json)
 
 

@@ -1,6 +1,6 @@
 """A teacher's folder: its own description, which shards are committed, which rows are valid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from store.errors import (
     UnfinishedStoreError,
     difference,
 )
-from store.files import remove_partials, remove_tree
+from store.files import remove_tree
 from store.layout import METADATA, group_document
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
@@ -162,7 +162,7 @@ def is_earlier(path: StorePath, record: TeacherRecord) -> bool:
 def begin_teacher(
     folder: StorePath, asked: TeacherRecord, shard_bytes: int, calibrate: Calibrate | None
 ) -> TeacherRecord:
-    """Return the record to go on with, its metadata files in place; only the lock's holder may.
+    """Return the record to go on with, its metadata files in place; in one's turn only.
 
     A teacher that is not there yet is cut into shards of `shard_bytes` and, where its codec needs
     it, calibrated by `calibrate`. One that is earlier than the images grows: its short last shard
@@ -184,7 +184,6 @@ def begin_teacher(
         record = replace(asked, codecs=calibrate_codecs(folder, asked.spec, calibrate))
         layout = with_rows_per_shard(record.layout, shard_bytes)
         record = replace(record, rows_per_shard=layout.rows_per_shard)
-    remove_partials(folder)
     documents = record.layout.documents()
     each(folder, lambda path: write_document(folder / path, documents[path]), documents)
     write_record(folder, record)
@@ -281,11 +280,13 @@ def is_committed(folder: StorePath, layout: TeacherLayout, shard: int) -> bool:
     return all(sizes) and bool(np.all(marks != UNWRITTEN))
 
 
-def missing_shards(folder: StorePath, layout: TeacherLayout) -> list[int]:
-    """Return the shards that are not committed, in order."""
-    shards = range(layout.shards)
+def missing_shards(
+    folder: StorePath, layout: TeacherLayout, among: Sequence[int] | None = None
+) -> list[int]:
+    """Return the shards that are not committed, of all or `among` some, in order."""
+    shards = range(layout.shards) if among is None else among
     committed = each(folder, lambda shard: is_committed(folder, layout, shard), shards)
-    return [shard for shard in shards if not committed[shard]]
+    return [shard for shard, done in zip(shards, committed, strict=True) if not done]
 
 
 def read_marks(folder: StorePath, layout: TeacherLayout) -> NDArray[np.uint8]:
