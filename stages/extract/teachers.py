@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from stages.data.view import Box
@@ -48,14 +48,16 @@ class Teacher(Protocol):
         """Name, levels and provenance, as they go into the store."""
         ...
 
-    def preprocess(
-        self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> Float32[Tensor, "3 H W"]:
-        """Return the input for the part `box` of an RGB image; runs in reading threads."""
+    def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
+        """Return the input for the part `box` of an RGB image; runs in reading threads.
+
+        Of one shape and dtype for all images, best uint8: what can be done on the device belongs
+        into `__call__`.
+        """
         ...
 
-    def __call__(self, images: Float32[Tensor, "B 3 H W"]) -> Features:
-        """Return the levels of a batch of preprocessed images, given on any device."""
+    def __call__(self, images: Shaped[Tensor, "B ..."]) -> Features:
+        """Return the levels of a stack of preprocessed images, given on any device."""
         ...
 
 
@@ -80,15 +82,16 @@ class NetworkTeacher:
 
     def preprocess(
         self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> Float32[Tensor, "3 H W"]:
-        """Return the network's input for the part `box` of an RGB image."""
+    ) -> UInt8[Tensor, "h w 3"]:
+        """Return the pixels of the part `box` of an RGB image at the network's input size."""
         return self._preprocessing(image, box)
 
     @torch.inference_mode()
-    def __call__(self, images: Float32[Tensor, "B 3 H W"]) -> Features:
+    def __call__(self, images: UInt8[Tensor, "B h w 3"]) -> Features:
         """Return the levels of a batch, the cells over padding cut off."""
+        inputs = self._preprocessing.normalise(images.to(self._device, non_blocking=True))
         with self._autocast():
-            maps, pooled = self._network.tap(images.to(self._device))
+            maps, pooled = self._network.tap(inputs)
         frame = self._preprocessing.frame
         return Features(
             levels={
