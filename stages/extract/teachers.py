@@ -127,13 +127,16 @@ def load_teacher(
         network = source.load(frame.size, taps)
         weights_digest = state_digest(network.module.state_dict())
         teacher = NetworkTeacher(network, names, preprocessing, config.precision, device)
-        features = teacher(teacher.preprocess(probe_image(), probe_box(image_size))[None])
+        pixels = teacher.preprocess(probe_image(), probe_box(image_size))
+        features = teacher(pixels[None])
     except (RuntimeError, AssertionError) as error:  # how the libraries refuse a size
         height, width = frame.size
         raise TeacherError(
             f"{config.source} cannot be built or run for inputs of {height} x {width} pixels: "
             f"{str(error) or type(error).__name__}; try another `input_size:`"
         ) from error
+    for (level, grid), tap in zip(features.levels.items(), taps, strict=True):
+        _check_grid(config.source, level, grid, frame, outline.reductions[tap])
     teacher.spec = TeacherSpec(
         name=name,
         levels=tuple(
@@ -182,6 +185,18 @@ def _on_view(grid: Tensor, frame: InputFrame) -> Tensor:
     """B C h w -> B h w C, without the cells that lie on padding."""
     rows, columns = frame.cells((grid.shape[2], grid.shape[3]))
     return grid[:, :, :rows, :columns].permute(0, 2, 3, 1).float()
+
+
+def _check_grid(source: str, level: str, grid: Tensor, frame: InputFrame, reduction: int) -> None:
+    """Refuse a grid (1, h, w, C) that does not cover the image, cell by cell of `reduction`."""
+    expected = tuple(side // reduction for side in frame.content)
+    found = tuple(grid.shape[1:3])
+    if found != expected:
+        raise TeacherError(
+            f"{source}: {level} answers with {found[0]} x {found[1]} cells, one per {reduction} "
+            f"pixels of the image would be {expected[0]} x {expected[1]}. Such a network drops or "
+            "adds a border, and its cells do not lie on the image; use another, or other `levels:`"
+        )
 
 
 def _level(
