@@ -60,7 +60,7 @@ class RowReader:
         return self.images.statuses[row // self.views.views_per_image] == OK
 
     def load(self, row: int) -> Tensor:
-        """Return the input (3, H, W) of a row.
+        """Return the input of a row, as its teacher prepares it.
 
         Raises:
             ImageChangedError: the file is gone or is not the one that was indexed.
