@@ -5,6 +5,7 @@ from dataclasses import asdict
 from rich.filesize import decimal
 
 from pipeline.errors import StepError
+from pipeline.indexing import require_views
 from pipeline.params import Params
 from pipeline.report import Report
 from stages.data.dataset import Dataset, open_dataset
@@ -23,6 +24,7 @@ def extract_teachers(params: Params, names: list[str], replace: bool, progress: 
             f"no teacher named {', '.join(unknown)} in the parameter file; "
             f"it has {', '.join(params.teachers)}"
         )
+    require_views(params)
     dataset = open_dataset(params.data)
     return _report(
         [

@@ -46,7 +46,11 @@ def _level_row(teacher: TeacherSummary, index: int) -> tuple[object, ...]:
 
 def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
     height, width = summary.image_size
-    size = f"{summary.images} images as {height} x {width} views, {decimal(summary.bytes)} on disk"
+    each = summary.views_per_image
+    size = (
+        f"{summary.images} images as {'' if each == 1 else f'{each} '}{height} x {width} views"
+        f"{'' if each == 1 else ' each'}{_changes(summary)}, {decimal(summary.bytes)} on disk"
+    )
     remarks = [f"{size}, format {summary.format_version}, digest {summary.digest[:16]}"]
     for teacher in summary.teachers:
         weights = str(teacher.provenance.get("weights_sha256", "?"))[:16]
@@ -57,6 +61,14 @@ def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
     bad = [f"quarantined: {name}: {reason}" for name, reason in summary.quarantined.items()]
     more = [f"and {len(bad) - _SHOWN} more, `--quarantined` lists all"] if bad[_SHOWN:] else []
     return (*remarks, *bad[:_SHOWN], *more)
+
+
+def _changes(summary: StoreSummary) -> str:
+    """Say what else than crops there is among the views."""
+    rows = summary.images * summary.views_per_image
+    changes = [f"{summary.flipped / rows:.0%} mirrored"] if summary.flipped else []
+    changes += ["colours changed"] if summary.photometric else []
+    return f" ({', '.join(changes)})" if changes else ""
 
 
 def quarantined(path: str) -> Report:

@@ -47,7 +47,7 @@ def check_root(path: StorePath, found: Verification) -> tuple[RootRecord | None,
     for name in _TABLES:
         _check_bytes(path / name / METADATA, group_document({}), found, mend)
     if images is not None:
-        layouts = table_layouts(images, root.rows)
+        layouts = table_layouts(images, root.rows, photometric=root.photometric)
         for layout in layouts:
             _check_bytes(path / layout.path / METADATA, layout.document(), found, mend)
         _check_tables_files(path, layouts, found)

@@ -64,12 +64,17 @@ class TeacherSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSummary:
-    """What a store holds; `quarantined` maps image ids to reasons, `bytes` are those on disk."""
+    """What a store holds; `quarantined` maps image ids to reasons, `bytes` are those on disk.
+
+    `flipped` counts the rows of mirrored views; `photometric`: whether views change colours.
+    """
 
     path: str
     format_version: int
     images: int
     views_per_image: int
+    flipped: int
+    photometric: bool
     image_size: tuple[int, int]
     quarantined: dict[str, str]
     digest: str
@@ -175,6 +180,8 @@ def summarise(path: str | StorePath) -> StoreSummary:
         format_version=FORMAT_VERSION,
         images=len(images),
         views_per_image=store.views.views_per_image,
+        flipped=int(np.count_nonzero(store.views.flips)),
+        photometric=store.views.photometric is not None,
         image_size=store.views.image_size,
         quarantined={
             name: status

@@ -78,21 +78,34 @@ def teacher_size(record: TeacherRecord) -> Size:
     return _documents_size(documents.values()) + _arrays_size(arrays)
 
 
-def tables_size(images: ImageTable, rows: int, image_size: tuple[int, int]) -> Size:
-    """Return the size of the root and its tables, for `rows` images of ids like these.
+def tables_size(
+    images: ImageTable,
+    count: int,
+    image_size: tuple[int, int],
+    *,
+    views_per_image: int = 1,
+    photometric: bool = False,
+) -> Size:
+    """Return the size of the root and its tables, for `count` images of ids like these.
 
-    `image_size` is (height, width) in pixels; one view per image.
+    `image_size` is (height, width) in pixels.
     """
     root = RootRecord(
-        images=rows,
+        images=count,
         images_digest=_DIGEST,
         views_digest=_DIGEST,
         image_size=image_size,
-        views_per_image=1,
+        views_per_image=views_per_image,
+        photometric=photometric,
     )
     columns = [
-        table_layout(column.path, column.dtype, (rows, *column.shape[1:]), column.dimensions)
-        for column in table_layouts(images, rows)
+        table_layout(
+            column.path,
+            column.dtype,
+            (count if column.path.startswith("images/") else root.rows, *column.shape[1:]),
+            column.dimensions,
+        )
+        for column in table_layouts(images, root.rows, photometric=photometric)
     ]
     groups = [group_document(root.to_attributes()), group_document({}), group_document({})]
     documents = [*groups, *(column.document() for column in columns)]

@@ -175,8 +175,6 @@ def open_rows(
             f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
             + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
         )
-    if store.views.flips.any():
-        raise ExtractionError(f"{path} asks for flipped views, which are not extracted yet")
     return RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)
 
 
