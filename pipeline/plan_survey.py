@@ -86,7 +86,7 @@ class Survey:
         )
         return Stored(
             record=record,
-            size=teacher_size(record),
+            size=teacher_size(record, equivariance=extract.equivariance_images > 0),
             fidelity=worst(fitted[target.name].fidelity for target in spec.targets),
         )
 

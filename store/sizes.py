@@ -7,6 +7,7 @@ from typing import Any
 from store.calibration import FittedTarget
 from store.codecs import parse_codec
 from store.documents import encode_document
+from store.equivariance import equivariance_documents, equivariance_layouts
 from store.images import ImageTable
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
 from store.spec import TeacherSpec
@@ -62,8 +63,8 @@ def future_record(
     return replace(record, rows_per_shard=cut)
 
 
-def teacher_size(record: TeacherRecord) -> Size:
-    """Return the size of a teacher's folder once it is finished."""
+def teacher_size(record: TeacherRecord, *, equivariance: bool = False) -> Size:
+    """Return the size of a teacher's folder once it is finished, with its equivariance or not."""
     layout = record.layout
     documents = {
         METADATA: group_document(record.to_attributes()),
@@ -75,6 +76,9 @@ def teacher_size(record: TeacherRecord) -> Size:
         arrays += layout.statistics(target).values()
         if target.name in record.codecs:
             arrays += codec_layouts(target, record.codecs[target.name]).values()
+    if equivariance:
+        documents |= equivariance_documents(record.spec)
+        arrays += equivariance_layouts(record.spec).values()
     return _documents_size(documents.values()) + _arrays_size(arrays)
 
 

@@ -97,7 +97,7 @@ def verify(
         below = None
         if whole and images is not None:
             tables = table_layouts(images, root.rows, photometric=root.photometric)
-            below = documents_below(good, tables)
+            below = documents_below(path, good, tables)
         check_root_document(path, root, below, found)
     for name, record in good.items():
         _check_teacher(run, path / name, record)

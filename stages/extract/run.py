@@ -18,13 +18,14 @@ from torch import Tensor
 from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError, NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
 from stages.progress import Progress
 from store.calibration import FittedTarget
 from store.reader import FeatureStore
-from store.remote import StorePath
+from store.remote import StorePath, locate
 from store.writer import FeatureWriter
 
 _BATCHES_AHEAD = 2
@@ -80,6 +81,7 @@ def extract(
         progress,
         covariance=extract_config.covariance,
         calibration_images=extract_config.calibration_images,
+        equivariance_images=extract_config.equivariance_images,
     )
 
 
@@ -94,6 +96,7 @@ def extract_teacher(
     *,
     covariance: bool = False,
     calibration_images: int = 320,
+    equivariance_images: int = 0,
 ) -> ExtractSummary:
     """Write a teacher's features of every image that the store lists, then mark them finished.
 
@@ -101,7 +104,8 @@ def extract_teacher(
     not committed are computed. Batches start where shards start, so that the same batches are
     formed, and the same bits come out, whoever resumes. Where the codec has to be fitted, the
     teacher first sees `calibration_images` of the images for that. `covariance` gathers that of
-    each level's channels too.
+    each level's channels too. Before the first row is written, `equivariance_images` of the images
+    show how far the levels follow flips, crops and scale.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
@@ -127,6 +131,8 @@ def extract_teacher(
         if writer.rows != len(rows.views):
             raise ExtractionError(f"images were added to {store_path} just now; run this again")
         missing = writer.missing()
+        if missing and equivariance_images:
+            keep_equivariance(locate(store_path), rows, equivariance_images, progress)
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
         progress.start(f"extract {teacher.spec.name}", len(asked))
