@@ -7,6 +7,7 @@ from dataclasses import asdict
 from rich.filesize import decimal
 
 from pipeline.errors import StepError
+from pipeline.indexing import require_views
 from pipeline.params import Params
 from pipeline.report import Report
 from stages.data.dataset import open_dataset
@@ -42,6 +43,7 @@ def extract_teachers(
             f"no teacher named {', '.join(unknown)} in the parameter file; "
             f"it has {', '.join(params.teachers)}"
         )
+    require_views(params)
     with _extractor(params, progress, workers, scheduler) as extract_one:
         return _report(
             [

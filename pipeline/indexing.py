@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from pipeline.errors import StepError
 from pipeline.params import Params
 from stages.data.config import ScenesData
 from stages.data.dataset import open_dataset
 from stages.data.images import OK, index_images
-from stages.data.view import whole_image_box
+from stages.data.views import draw_views
 from stages.progress import Progress
 from store.append import append_images, in_stored_order
 from store.create import create_store
-from store.images import ImageTable, ViewTable
 from store.layout import METADATA
+from store.reader import FeatureStore
 from store.remote import locate
 
 
@@ -22,6 +21,7 @@ class IndexSummary:
     """What `sak index` found."""
 
     images: int
+    views_per_image: int
     quarantined: dict[str, str]
     """Reason per unusable image id."""
     splits: dict[str, int]
@@ -33,7 +33,8 @@ class IndexSummary:
 def index(params: Params, append: bool, progress: Progress) -> IndexSummary:
     """Render the scenes if the recipe wants them, check images and labels, create the store.
 
-    With `append` a store that is there grows by the images that it does not list yet.
+    Its views are drawn here, once and for all. With `append` a store that is there grows by the
+    images that it does not list yet.
     """
     if isinstance(params.data, ScenesData):
         _render(params.data, params.image_size, progress)
@@ -45,9 +46,10 @@ def index(params: Params, append: bool, progress: Progress) -> IndexSummary:
         images = in_stored_order(params.store, images)
     there = (locate(params.store) / METADATA).exists()
     place = append_images if append and there else create_store
-    place(params.store, images, whole_image_views(images, params.image_size))
+    place(params.store, images, draw_views(images, params.image_size, params.views))
     return IndexSummary(
         images=len(images),
+        views_per_image=params.views.count,
         quarantined={
             name: status
             for name, status in zip(images.ids, images.statuses, strict=True)
@@ -60,20 +62,22 @@ def index(params: Params, append: bool, progress: Progress) -> IndexSummary:
     )
 
 
-def whole_image_views(images: ImageTable, image_size: tuple[int, int]) -> ViewTable:
-    """View 0 of every image; a quarantined image has no size and gets an empty box."""
-    boxes = np.zeros((len(images), 4), np.float32)
-    for row, (height, width) in enumerate(zip(images.heights, images.widths, strict=True)):
-        if height and width:
-            box = whole_image_box(height, width, image_size)
-            boxes[row] = (box.top, box.left, box.height, box.width)
-    rows = len(images)
-    return ViewTable(
-        image_size=image_size,
-        boxes=boxes,
-        flips=np.zeros(rows, np.bool_),
-        seeds=np.zeros(rows, np.uint64),
-    )
+def require_views(params: Params) -> None:
+    """Refuse a store whose views are not those that the parameter file draws.
+
+    Raises:
+        StepError: they differ. Views of another size are left to whoever uses the store.
+        StoreError: there is no store.
+    """
+    store = FeatureStore(params.store)
+    if store.views.image_size != params.image_size:
+        return
+    if draw_views(store.images, params.image_size, params.views) != store.views:
+        raise StepError(
+            f"{params.store} holds {store.views.views_per_image} view(s) per image, which are not "
+            f"the {params.views.count} that `views:` in the parameter file draws. Put the settings "
+            "back that `sak index` was run with, or set store: to another path and index there"
+        )
 
 
 def _render(data: ScenesData, image_size: tuple[int, int], progress: Progress) -> None:

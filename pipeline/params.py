@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 
-from stages.data.config import DataConfig
+from stages.data.config import DataConfig, ViewsConfig
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
 
@@ -28,6 +28,8 @@ class Params(BaseModel):
     """Height and width in pixels of the view that teachers and student share."""
     data: DataConfig
     """Where the images and labels are."""
+    views: ViewsConfig = ViewsConfig()
+    """How many versions of each image there are, and what may differ between them."""
     tasks: tuple[str, ...]
     """Tasks the student is trained on; each must exist in the data, empty for unlabelled images."""
     store: str = Field(min_length=1)

@@ -67,6 +67,11 @@ class Survey:
     limits: tuple[Grid | None, ...]
     """The largest grids that were considered; None: those of the parameter file."""
 
+    @property
+    def rows(self) -> int:
+        """Number of (image, view) pairs."""
+        return self.images * self.params.views.count
+
     def stored(self, name: str, codec: str, limit: Grid | None = None) -> Stored:
         """Return how a teacher would lie in the store with a codec, no grid beyond `limit`."""
         cost, extract = self.costs[name], self.params.extract
@@ -75,13 +80,13 @@ class Survey:
         record = future_record(
             spec,
             fitted,
-            self.images,
+            self.rows,
             extract.shard_megabytes * 2**20,
             covariance=extract.covariance,
         )
         return Stored(
             record=record,
-            size=teacher_size(record),
+            size=teacher_size(record, equivariance=extract.equivariance_images > 0),
             fidelity=worst(fitted[target.name].fidelity for target in spec.targets),
         )
 
@@ -90,24 +95,24 @@ class Survey:
         return self.stored(name, self.params.teachers[name].codec)
 
     def pace(self, name: str) -> Pace:
-        """Return the seconds per image of what the parameter file asks."""
+        """Return the seconds per row of what the parameter file asks."""
         cost, stored = self.costs[name], self.asked(name)
         rate = None if self.disk is None else self.disk.write_rate
         return Pace(
             decode=cost.decode_seconds,
             forward=cost.forward_seconds,
             encode=cost.codecs[stored.record.spec.codec].encode_seconds,
-            write=None if rate is None else stored.size.bytes / self.images / rate,
+            write=None if rate is None else stored.size.bytes / self.rows / rate,
             overlap=self.device != "cpu",
         )
 
     def seconds(self, name: str) -> float:
-        """Return how long a teacher's extraction takes, the images for its codec included."""
+        """Return how long a teacher's extraction takes, the rows for its codec included."""
         pace = self.pace(name)
         fitted = not parse_codec(self.params.teachers[name].codec).is_float
-        extra = min(self.params.extract.calibration_images, self.images) if fitted else 0
+        extra = min(self.params.extract.calibration_images, self.rows) if fitted else 0
         forward = replace(pace, encode=0.0, write=None).seconds
-        return self.images * pace.seconds + extra * forward
+        return self.rows * pace.seconds + extra * forward
 
     def total(self) -> Size:
         """Return what the whole store takes as the parameter file asks."""
@@ -118,7 +123,10 @@ class Survey:
         return self.disk is None or needed - self.there <= self.disk.free_bytes
 
     def comparison(self, epochs: float | None) -> Comparison | None:
-        """Compare with online teachers over `epochs`, or those of the phase `distill`."""
+        """Compare with online teachers over `epochs`, or those of the phase `distill`.
+
+        In an epoch each image shows one of its views.
+        """
         if self.disk is None:
             return None
         phase = self.params.distill

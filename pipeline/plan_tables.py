@@ -70,7 +70,7 @@ def _codec_remarks(survey: Survey) -> list[str]:
     costs = survey.costs.values()
     images, tokens = min(one.images for one in costs), min(one.tokens for one in costs)
     held_out = min(one.held_out for one in costs)
-    fitted = min(survey.params.extract.calibration_images, survey.images)
+    fitted = min(survey.params.extract.calibration_images, survey.rows)
     more = fitted > images
     int8, eight, sixteen = CONTRACTS
     return [

@@ -23,6 +23,11 @@ def total_report(survey: Survey, request: PlanRequest) -> Report:
     comparison = survey.comparison(request.epochs)
     values: dict[str, Any] = {
         "images": f"{survey.images:,}",
+        **(
+            {"views": f"{survey.params.views.count} per image"}
+            if survey.rows > survey.images
+            else {}
+        ),
         "store": f"{decimal(size.bytes)} in {size.files:,} files",
         **_disk_lines(survey, size.bytes),
         "extraction": f"{duration(seconds)}, held up by {_slowest(survey)}",
@@ -31,6 +36,7 @@ def total_report(survey: Survey, request: PlanRequest) -> Report:
     }
     data = {
         "images": survey.images,
+        "views_per_image": survey.params.views.count,
         **asdict(size),
         "already_there_bytes": survey.there,
         "fits": survey.fits(size.bytes),

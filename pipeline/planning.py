@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline.indexing import whole_image_views
 from pipeline.params import Params
 from pipeline.plan_images import listed_table, planned_dataset, sample_images
 from pipeline.plan_survey import PlanRequest, Survey, grid_limits
 from pipeline.plan_tables import codec_report, pace_report
 from pipeline.plan_totals import budget_report, total_report
 from pipeline.report import Report
+from stages.data.config import ViewsConfig
 from stages.data.images import index_images
+from stages.data.views import draw_views
 from stages.extract.measure import MeasureSettings, measure_teacher
 from stages.extract.reading import RowReader
 from stages.extract.teachers import choose_device, load_teacher
@@ -82,7 +83,7 @@ def survey(params: Params, request: PlanRequest, progress: Progress) -> Survey:
             rows = RowReader(
                 teacher=teacher,
                 images=table,
-                views=whole_image_views(table, params.image_size),
+                views=draw_views(table, params.image_size, ViewsConfig()),
                 paths={image.id: image.path for image in sample},
             )
             settings = MeasureSettings(
@@ -95,7 +96,13 @@ def survey(params: Params, request: PlanRequest, progress: Progress) -> Survey:
             )
             costs[name] = measure_teacher(rows, settings, progress)
         images = request.images or count
-        tables = tables_size(listed_table(dataset), images, params.image_size)
+        tables = tables_size(
+            listed_table(dataset),
+            images,
+            params.image_size,
+            views_per_image=params.views.count,
+            photometric=params.views.photometric is not None,
+        )
     return Survey(
         params=params,
         costs=costs,

@@ -1,5 +1,6 @@
 """`sak inspect` and `sak teachers`: tables that need no torch."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def inspect(path: str) -> Report:
             for index in range(len(teacher.levels))]  # fmt: skip
     return Report(
         columns=(
-            "teacher", "level", "row shape", "codec", "bytes", "cosine", "1st pct", "shards",
-            "coverage", "model",
+            "teacher", "level", "row shape", "codec", "bytes", "cosine", "1st pct",
+            "flip/crop/scale", "shards", "coverage", "model",
         ),
         rows=tuple(rows),
         data=summary.to_json(),
@@ -36,7 +37,10 @@ def _level_row(teacher: TeacherSummary, index: int) -> tuple[object, ...]:
     shape = " x ".join(str(side) for side in level.shape)
     kept = level.fidelity
     cosines = ("", "") if kept is None else (f"{kept.cosine_mean:.4f}", f"{kept.cosine_p01:.4f}")
-    cells: tuple[object, ...] = (level.name, shape, level.codec, decimal(level.bytes), *cosines)
+    cells: tuple[object, ...] = (
+        level.name, shape, level.codec, decimal(level.bytes), *cosines,
+        _follows(level.equivariance),
+    )  # fmt: skip
     if index:
         return ("", *cells, "", "", "")
     coverage = f"{teacher.coverage:.0%}" + ("" if teacher.finished else " (unfinished)")
@@ -44,9 +48,18 @@ def _level_row(teacher: TeacherSummary, index: int) -> tuple[object, ...]:
     return (teacher.name, *cells, teacher.shards, coverage, model)
 
 
+def _follows(equivariance: Mapping[str, float | None] | None) -> str:
+    cosines = (equivariance or {}).values()
+    return " ".join("-" if one is None else f"{one:.3f}" for one in cosines)
+
+
 def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
     height, width = summary.image_size
-    size = f"{summary.images} images as {height} x {width} views, {decimal(summary.bytes)} on disk"
+    each = summary.views_per_image
+    size = (
+        f"{summary.images} images as {'' if each == 1 else f'{each} '}{height} x {width} views"
+        f"{'' if each == 1 else ' each'}{_changes(summary)}, {decimal(summary.bytes)} on disk"
+    )
     remarks = [f"{size}, format {summary.format_version}, digest {summary.digest[:16]}"]
     for teacher in summary.teachers:
         weights = str(teacher.provenance.get("weights_sha256", "?"))[:16]
@@ -54,9 +67,22 @@ def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
         remarks.append(
             f"{teacher.name}: weights {weights}, {licence}, fingerprint {teacher.fingerprint[:16]}"
         )
+    if any(teacher.equivariance_images for teacher in summary.teachers):
+        remarks.append(
+            "flip/crop/scale: mean cosine of a mirrored, cut or enlarged grid with the teacher's "
+            "answer to the changed image; 1 follows it exactly"
+        )
     bad = [f"quarantined: {name}: {reason}" for name, reason in summary.quarantined.items()]
     more = [f"and {len(bad) - _SHOWN} more, `--quarantined` lists all"] if bad[_SHOWN:] else []
     return (*remarks, *bad[:_SHOWN], *more)
+
+
+def _changes(summary: StoreSummary) -> str:
+    """Say what else than crops there is among the views."""
+    rows = summary.images * summary.views_per_image
+    changes = [f"{summary.flipped / rows:.0%} mirrored"] if summary.flipped else []
+    changes += ["colours changed"] if summary.photometric else []
+    return f" ({', '.join(changes)})" if changes else ""
 
 
 def quarantined(path: str) -> Report:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.errors import StepError
+from pipeline.indexing import require_views
 from pipeline.params import Params
 from stages.data.dataset import open_dataset
 from stages.data.tasks import Task
@@ -23,6 +24,7 @@ def train_student(
     """Train one run; `restart` replaces a checkpoint of other settings instead of refusing it."""
     dataset = open_dataset(params.data).with_tasks(params.tasks)
     run = _training_run(params, phase, task, dataset.tasks)
+    require_views(params)
     store = FeatureStore(params.store)
     _require_asked_teachers(params, run, store)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -85,5 +87,6 @@ def _training_run(
         tasks=tuple(entry for entry in tasks if phase != "distill" and task in (None, entry.name)),
         phase=settings,
         runtime=params.runtime,
+        depth=params.views.depth,
         initialise_from=run_folder(params, "distill") if phase == "multitask" else None,
     )

@@ -46,6 +46,7 @@ def root_of(images: ImageTable, views: ViewTable) -> RootRecord:
         views_digest=views.digest(),
         image_size=views.image_size,
         views_per_image=views.views_per_image,
+        photometric=views.photometric is not None,
     )
     if len(views) != record.rows:
         raise StoreError(f"{record.rows} rows are needed, the view table has {len(views)}")

@@ -82,9 +82,12 @@ class ViewTable:
 
     `image_size` is (height, width) in pixels of every view; `boxes` is rows x 4 float32 (top, left,
     height, width in source pixels); `flips` is a row of bool, `seeds` a row of uint64.
+    `photometric` is rows x 4 float32 (factors of brightness, contrast and saturation, shift of hue
+    in turns), None where views keep the colours of their image.
 
     Raises:
-        StoreError: columns of different lengths, or rows that are no multiple of the views.
+        StoreError: columns of different lengths, rows that are no multiple of the views, or factors
+            below 0 or not finite.
     """
 
     image_size: tuple[int, int]
@@ -92,6 +95,7 @@ class ViewTable:
     flips: NDArray[Any]
     seeds: NDArray[Any]
     views_per_image: int = 1
+    photometric: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "boxes", np.ascontiguousarray(self.boxes, "<f4"))
@@ -108,6 +112,8 @@ class ViewTable:
             )
         if rows % self.views_per_image:
             raise StoreError(f"{rows} rows are no multiple of {self.views_per_image} views")
+        if self.photometric is not None:
+            object.__setattr__(self, "photometric", _factors(self.photometric, rows))
 
     def __len__(self) -> int:
         return len(self.flips)
@@ -126,12 +132,28 @@ class ViewTable:
             flips=self.flips[:rows],
             seeds=self.seeds[:rows],
             views_per_image=self.views_per_image,
+            photometric=None if self.photometric is None else self.photometric[:rows],
         )
 
     def digest(self) -> str:
-        """Return a SHA-256 in hexadecimal of the geometry of every row, in order."""
-        head = canonical_json([list(self.image_size), self.views_per_image, len(self)])
-        state = hashlib.sha256(head.encode())
-        for column in (self.boxes, self.flips, self.seeds):
+        """Return a SHA-256 in hexadecimal of every row, in order."""
+        head = [list(self.image_size), self.views_per_image, len(self)]
+        columns = [self.boxes, self.flips, self.seeds]
+        if (
+            self.photometric is not None
+        ):  # without it the digest is what it was before there was one
+            head.append("photometric")
+            columns.append(self.photometric)
+        state = hashlib.sha256(canonical_json(head).encode())
+        for column in columns:
             state.update(column.tobytes())
         return state.hexdigest()
+
+
+def _factors(values: NDArray[Any], rows: int) -> NDArray[Any]:
+    factors = np.ascontiguousarray(values, "<f4")
+    if factors.shape != (rows, 4):
+        raise StoreError(f"photometric must be ({rows}, 4), got {factors.shape}")
+    if not np.isfinite(factors).all() or (factors[:, :3] < 0).any():
+        raise StoreError("photometric factors must be finite numbers of at least 0 (hue aside)")
+    return factors

@@ -17,6 +17,7 @@ import zarr
 
 from store.calibration import Fidelity
 from store.codecs import Codec, Codes, Values
+from store.equivariance import Equivariance, read_equivariance
 from store.reader import FeatureStore
 from store.remote import StorePath
 from store.spec import FORMAT_VERSION, Grid
@@ -35,7 +36,9 @@ from store.teacher import (
 class LevelSummary:
     """One feature array: `shape` of a row as read, bytes on disk and per row as stored.
 
-    `fidelity` is what its codec keeps of tokens, None where floats are stored.
+    `fidelity` is what its codec keeps of tokens, None where floats are stored; `equivariance` the
+    mean cosine of the native grid after `flip`, `crop` and `scale` with the true answer, None where
+    it was not measured, NaN as None.
     """
 
     name: str
@@ -44,6 +47,7 @@ class LevelSummary:
     row_bytes: int
     bytes: int
     fidelity: Fidelity | None
+    equivariance: Mapping[str, float | None] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +62,24 @@ class TeacherSummary:
     rows_per_shard: int
     bytes: int
     levels: tuple[LevelSummary, ...]
+    equivariance_images: int
     fingerprint: str
     provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSummary:
-    """What a store holds; `quarantined` maps image ids to reasons, `bytes` are those on disk."""
+    """What a store holds; `quarantined` maps image ids to reasons, `bytes` are those on disk.
+
+    `flipped` counts the rows of mirrored views; `photometric`: whether views change colours.
+    """
 
     path: str
     format_version: int
     images: int
     views_per_image: int
+    flipped: int
+    photometric: bool
     image_size: tuple[int, int]
     quarantined: dict[str, str]
     digest: str
@@ -175,6 +185,8 @@ def summarise(path: str | StorePath) -> StoreSummary:
         format_version=FORMAT_VERSION,
         images=len(images),
         views_per_image=store.views.views_per_image,
+        flipped=int(np.count_nonzero(store.views.flips)),
+        photometric=store.views.photometric is not None,
         image_size=store.views.image_size,
         quarantined={
             name: status
@@ -189,6 +201,7 @@ def summarise(path: str | StorePath) -> StoreSummary:
 
 def _summarise_teacher(folder: StorePath, store: FeatureStore) -> TeacherSummary:
     record = read_record(folder)
+    measured = read_equivariance(folder, record.spec)
     unfinished = folder.name in store.unfinished
     layout = record.layout
     missing = missing_shards(folder, layout)
@@ -202,13 +215,18 @@ def _summarise_teacher(folder: StorePath, store: FeatureStore) -> TeacherSummary
         shards=layout.shards,
         rows_per_shard=record.rows_per_shard,
         bytes=_folder_bytes(folder),
-        levels=tuple(_summarise_array(folder, record, name) for name in layout.features()),
+        levels=tuple(
+            _summarise_array(folder, record, name, measured) for name in layout.features()
+        ),
+        equivariance_images=0 if measured is None else measured.images,
         fingerprint=record.spec.fingerprint(),
         provenance=dict(record.spec.provenance),
     )
 
 
-def _summarise_array(folder: StorePath, record: TeacherRecord, name: str) -> LevelSummary:
+def _summarise_array(
+    folder: StorePath, record: TeacherRecord, name: str, measured: Equivariance | None
+) -> LevelSummary:
     array = record.layout.features()[name]
     target = next((one for one in record.spec.targets if one.name == name), None)
     stored = record.codecs.get(name)
@@ -220,7 +238,11 @@ def _summarise_array(folder: StorePath, record: TeacherRecord, name: str) -> Lev
         row_bytes=array.row_bytes,
         bytes=_folder_bytes(folder / array.path),
         fidelity=None if fitted is None else fitted.fidelity,
-    )
+        equivariance=None if measured is None or target is None else {
+            transform: None if np.isnan(cosine) else cosine
+            for transform, cosine in measured.cosine[target.level].items()
+        },
+    )  # fmt: skip
 
 
 def _folder_bytes(folder: StorePath) -> int:

@@ -12,7 +12,8 @@ zeros: Zarr v3 has no text type yet that every reader opens without a warning.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class ArrayLayout:
     chunk: tuple[int, ...]
     dimensions: tuple[str, ...]
     row_chunks: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> int:
@@ -94,7 +96,7 @@ class ArrayLayout:
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": "NaN" if kind == "f" else False if kind == "b" else 0,
             "codecs": self._codecs(),
-            "attributes": {},
+            "attributes": dict(self.attributes),
             "dimension_names": list(self.dimensions),
         }
 
@@ -111,11 +113,22 @@ class ArrayLayout:
 
 
 def table_layout(
-    path: str, dtype: str, shape: tuple[int, ...], dimensions: tuple[str, ...]
+    path: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    dimensions: tuple[str, ...],
+    attributes: Mapping[str, Any] | None = None,
 ) -> ArrayLayout:
     """Return the layout of a small array, cut every `TABLE_ROWS` entries."""
     chunk = (min(shape[0], TABLE_ROWS), *shape[1:]) if shape else ()
-    return ArrayLayout(path=path, dtype=dtype, shape=shape, chunk=chunk, dimensions=dimensions)
+    return ArrayLayout(
+        path=path,
+        dtype=dtype,
+        shape=shape,
+        chunk=chunk,
+        dimensions=dimensions,
+        attributes=attributes or {},
+    )
 
 
 def group_document(attributes: dict[str, Any]) -> dict[str, Any]:

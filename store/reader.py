@@ -13,6 +13,7 @@ from store.calibration import FittedTarget
 from store.chunks import read_array
 from store.codecs import Codes, Values
 from store.documents import check_document
+from store.equivariance import Equivariance, read_equivariance
 from store.errors import StoreError, StoreMismatchError, nearest
 from store.growth import growth_told, refuse_grown
 from store.images import ImageTable, ViewTable
@@ -285,6 +286,15 @@ class FeatureStore:
             variance=parts["variance"],
             covariance=parts.get("covariance"),
         )
+
+    def equivariance(self, teacher: str) -> Equivariance | None:
+        """Return how far a teacher's levels follow flips, crops and scale, None if not measured.
+
+        Raises:
+            StoreError: unknown teacher.
+            StoreDamagedError: the figures are not those that were written.
+        """
+        return read_equivariance(self.path / teacher, self._record(teacher).spec)
 
     def _record(self, teacher: str) -> TeacherRecord:
         record = self._records.get(teacher)

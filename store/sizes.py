@@ -7,6 +7,7 @@ from typing import Any
 from store.calibration import FittedTarget
 from store.codecs import parse_codec
 from store.documents import encode_document
+from store.equivariance import equivariance_documents, equivariance_layouts
 from store.images import ImageTable
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
 from store.spec import TeacherSpec
@@ -62,8 +63,8 @@ def future_record(
     return replace(record, rows_per_shard=cut)
 
 
-def teacher_size(record: TeacherRecord) -> Size:
-    """Return the size of a teacher's folder once it is finished."""
+def teacher_size(record: TeacherRecord, *, equivariance: bool = False) -> Size:
+    """Return the size of a teacher's folder once it is finished, with its equivariance or not."""
     layout = record.layout
     documents = {
         METADATA: group_document(record.to_attributes()),
@@ -75,24 +76,40 @@ def teacher_size(record: TeacherRecord) -> Size:
         arrays += layout.statistics(target).values()
         if target.name in record.codecs:
             arrays += codec_layouts(target, record.codecs[target.name]).values()
+    if equivariance:
+        documents |= equivariance_documents(record.spec)
+        arrays += equivariance_layouts(record.spec).values()
     return _documents_size(documents.values()) + _arrays_size(arrays)
 
 
-def tables_size(images: ImageTable, rows: int, image_size: tuple[int, int]) -> Size:
-    """Return the size of the root and its tables, for `rows` images of ids like these.
+def tables_size(
+    images: ImageTable,
+    count: int,
+    image_size: tuple[int, int],
+    *,
+    views_per_image: int = 1,
+    photometric: bool = False,
+) -> Size:
+    """Return the size of the root and its tables, for `count` images of ids like these.
 
-    `image_size` is (height, width) in pixels; one view per image.
+    `image_size` is (height, width) in pixels.
     """
     root = RootRecord(
-        images=rows,
+        images=count,
         images_digest=_DIGEST,
         views_digest=_DIGEST,
         image_size=image_size,
-        views_per_image=1,
+        views_per_image=views_per_image,
+        photometric=photometric,
     )
     columns = [
-        table_layout(column.path, column.dtype, (rows, *column.shape[1:]), column.dimensions)
-        for column in table_layouts(images, rows)
+        table_layout(
+            column.path,
+            column.dtype,
+            (count if column.path.startswith("images/") else root.rows, *column.shape[1:]),
+            column.dimensions,
+        )
+        for column in table_layouts(images, root.rows, photometric=photometric)
     ]
     groups = [group_document(root.to_attributes()), group_document({}), group_document({})]
     documents = [*groups, *(column.document() for column in columns)]

@@ -24,13 +24,14 @@ _SHA256_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RootRecord:
-    """The attributes of the store's root."""
+    """The attributes of the store's root; `photometric` tells whether views change colours."""
 
     images: int
     images_digest: str
     views_digest: str
     image_size: tuple[int, int]
     views_per_image: int
+    photometric: bool = False
 
     @property
     def rows(self) -> int:
@@ -38,8 +39,8 @@ class RootRecord:
         return self.images * self.views_per_image
 
     def to_attributes(self) -> dict[str, Any]:
-        """Return the record as plain JSON values."""
-        return {
+        """Return the record as plain JSON values; `photometric` is only said where it is so."""
+        attributes = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "images": self.images,
@@ -48,6 +49,7 @@ class RootRecord:
             "image_size": list(self.image_size),
             "views_per_image": self.views_per_image,
         }
+        return {**attributes, "photometric": True} if self.photometric else attributes
 
 
 def read_root(path: StorePath) -> RootRecord:
@@ -77,7 +79,12 @@ def read_root(path: StorePath) -> RootRecord:
         views_digest=str(attributes.get("views_digest")),
         image_size=(read_count(sides, "height"), read_count(sides, "width")),
         views_per_image=read_count(attributes, "views_per_image"),
+        photometric="photometric" in attributes,
     )
+    if attributes.get("photometric", True) is not True:
+        raise StoreDamagedError(
+            f"photometric must be true or absent, got {attributes['photometric']!r:.80}"
+        )
     heights = _column("images", "height", (record.images,))
     read_chunk(path, heights, heights.files - 1)  # so many images there must be, before any loop
     return record
@@ -100,7 +107,10 @@ def write_tables(folder: StorePath, images: ImageTable, views: ViewTable) -> Non
         write_document(folder / group / METADATA, group_document({}))
     for name, values in columns.items():
         write_array(folder, _column("images", name, values.shape), values)
-    for name, values in (("box", views.boxes), ("flip", views.flips), ("seed", views.seeds)):
+    columns = {"box": views.boxes, "flip": views.flips, "seed": views.seeds}
+    if views.photometric is not None:
+        columns["photometric"] = views.photometric
+    for name, values in columns.items():
         write_array(folder, _column("views", name, values.shape), values)
 
 
@@ -113,17 +123,19 @@ _DTYPES = {
     "box": "<f4",
     "flip": "|b1",
     "seed": "<u8",
+    "photometric": "<f4",
 }
+_SECOND = {"box": "side", "photometric": "factor"}
 
 
 def _column(group: str, name: str, shape: tuple[int, ...]) -> ArrayLayout:
     first = "image" if group == "images" else "row"
-    second = "side" if name == "box" else f"{name}_byte"
+    second = _SECOND.get(name, f"{name}_byte")
     dimensions = (first, second)[: len(shape)]
     return table_layout(f"{group}/{name}", _DTYPES[name], shape, dimensions)
 
 
-def table_layouts(images: ImageTable, rows: int) -> list[ArrayLayout]:
+def table_layouts(images: ImageTable, rows: int, *, photometric: bool = False) -> list[ArrayLayout]:
     """Return the layouts of the columns that hold these images and so many views."""
     widths = {name: _encode_text(texts).shape[1] for name, texts in
               (("id", images.ids), ("status", images.statuses))}  # fmt: skip
@@ -138,6 +150,7 @@ def table_layouts(images: ImageTable, rows: int) -> list[ArrayLayout]:
         _column("views", "box", (rows, 4)),
         _column("views", "flip", (rows,)),
         _column("views", "seed", (rows,)),
+        *([_column("views", "photometric", (rows, 4))] if photometric else []),
     ]
 
 
@@ -192,13 +205,19 @@ def read_views(path: StorePath) -> ViewTable:
         StoreDamagedError: the table does not have the digest that the root records.
     """
     root = read_root(path)
-    table = ViewTable(
-        image_size=root.image_size,
-        boxes=read_array(path, _column("views", "box", (root.rows, 4))),
-        flips=read_array(path, _column("views", "flip", (root.rows,))),
-        seeds=read_array(path, _column("views", "seed", (root.rows,))),
-        views_per_image=root.views_per_image,
-    )
+
+    def column(name: str, *shape: int) -> NDArray[Any]:
+        return read_array(path, _column("views", name, (root.rows, *shape)))
+
+    columns = {"boxes": column("box", 4), "flips": column("flip"), "seeds": column("seed")}
+    if root.photometric:
+        columns["photometric"] = column("photometric", 4)
+    try:
+        table = ViewTable(
+            image_size=root.image_size, views_per_image=root.views_per_image, **columns
+        )
+    except StoreError as error:  # factors that no view table has
+        raise StoreDamagedError(f"{path / 'views'} is damaged: {error}") from error
     if table.digest() != root.views_digest:
         raise StoreDamagedError(f"{path / 'views'} does not have the digest recorded at the root")
     return table

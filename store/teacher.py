@@ -16,6 +16,7 @@ from store.documents import (
     read_count,
     write_document,
 )
+from store.equivariance import remove_equivariance
 from store.errors import (
     StoreDamagedError,
     StoreError,
@@ -180,6 +181,7 @@ def begin_teacher(
         write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         remove_tree(folder / "valid")
+        remove_equivariance(folder)
         write_document(folder / "commit" / METADATA, group_document({}))  # what `gc` knows it by
         record = replace(asked, codecs=calibrate_codecs(folder, asked.spec, calibrate))
         layout = with_rows_per_shard(record.layout, shard_bytes)

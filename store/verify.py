@@ -96,7 +96,8 @@ def verify(
         whole = len(chosen) == len(folders) == len(good)
         below = None
         if whole and images is not None:
-            below = documents_below(good, table_layouts(images, root.rows))
+            tables = table_layouts(images, root.rows, photometric=root.photometric)
+            below = documents_below(path, good, tables)
         check_root_document(path, root, below, found)
     for name, record in good.items():
         _check_teacher(run, path / name, record)

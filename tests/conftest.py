@@ -20,6 +20,7 @@ def tiny_project(folder: Path) -> dict[str, Any]:
     return {
         "image_size": [32, 48],
         "data": {"kind": "scenes", "root": str(folder / "scenes"), "train": 6, "val": 3, "seed": 1},
+        "views": {"count": 1},
         "tasks": ["segmentation", "depth"],
         "store": str(folder / "features.zarr"),
         "runs": str(folder / "runs"),

@@ -1,4 +1,4 @@
-"""Data sets: images by id, their splits, and labels in the geometry of view 0."""
+"""Data sets: images by id, their splits, and labels in the geometry of a view."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from stages.data.sources import (
     list_manifest,
 )
 from stages.data.tasks import NYUD_TASKS, Task
-from stages.data.view import view_label, whole_image_box
+from stages.data.view import DepthRule, View, replay_label, whole_image_box
 
 _SHOWN = 10
 
@@ -77,11 +77,17 @@ class Dataset:
             )
         return replace(self, tasks=tuple(known[name] for name in names))
 
-    def labels(self, image_id: str, image_size: tuple[int, int]) -> dict[str, npt.NDArray[Any]]:
-        """Read an image's labels and bring them to view 0 of `image_size` = (h, w).
+    def labels(
+        self,
+        image_id: str,
+        image_size: tuple[int, int],
+        view: View | None = None,
+        depth: DepthRule = "metric",
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Read an image's labels and bring them to a view (None: view 0) of `image_size` = (h, w).
 
-        Per task an array h x w, for normals h x w x 3; values as in `read_labels`. Empty for
-        unlabelled images.
+        Per task an array h x w, for normals h x w x 3; values as in `read_labels`, `depth` as in
+        `replay_label`. Empty for unlabelled images.
 
         Raises:
             LabelError: a label is missing, unreadable, of another size, or has wrong values.
@@ -93,8 +99,11 @@ class Dataset:
             return {}
         height, width = read_size(path)
         labels = read_labels(self.label_root, self.tasks, image_id, (height, width))
-        box = whole_image_box(height, width, image_size)
-        return {task: view_label(task, label, box, image_size) for task, label in labels.items()}
+        view = view or View(box=whole_image_box(height, width, image_size))
+        return {
+            task: replay_label(task, label, view, image_size, depth)
+            for task, label in labels.items()
+        }
 
     def check_labels(self, split: str) -> None:
         """Check from headers alone that each label of a split is there and of its image's size.

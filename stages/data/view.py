@@ -1,8 +1,11 @@
-"""Views: the same rectangle of an image and of its labels, brought to one size.
+"""Views: the same part of an image and of its labels, mirrored or not, brought to one size.
 
-Only view 0 exists so far: the whole image, cut to the target's aspect ratio.
+What teachers and student see of an image is decided here alone: `cut_view` makes the pixels of a
+view, `replay_label` does the same to labels. Both cut, then mirror; colours change before any
+resizing, so that every teacher and the student resize the same pixels.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stages.data.photometric import Photometric, change_colours
+
+DepthRule = Literal["metric", "scaled"]
 Resample = Literal["bilinear", "bicubic", "lanczos"]
 _IGNORE = 255
 
@@ -22,6 +28,61 @@ class Box:
     left: int
     height: int
     width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One version of an image: a part of it, mirrored left to right or not, colours kept or not."""
+
+    box: Box
+    flip: bool = False
+    photometric: Photometric | None = None
+
+
+def cut_view(image: npt.NDArray[np.uint8], view: View) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a view, h x w x 3 at the size of its box, from an H x W x 3 image.
+
+    Raises:
+        ValueError: the box does not lie inside the image.
+    """
+    pixels = _mirrored(_cut(image, view.box), view.flip)
+    return pixels if view.photometric is None else change_colours(pixels, view.photometric)
+
+
+def whole(array: npt.NDArray[Any]) -> Box:
+    """Return the box of all pixels of an H x W [x C] array."""
+    return Box(top=0, left=0, height=array.shape[0], width=array.shape[1])
+
+
+def zoom(box: Box, height: int, width: int, image_size: tuple[int, int]) -> float:
+    """Return how many times larger a part of an image of `height` x `width` shows than in view 0.
+
+    Sides are compared by their geometric mean, for a box may be stretched to the view.
+    """
+    first = whole_image_box(height, width, image_size)
+    return math.sqrt(first.height * first.width / (box.height * box.width))
+
+
+def replay_label(
+    task: str,
+    label: npt.NDArray[Any],
+    view: View,
+    image_size: tuple[int, int],
+    depth: DepthRule = "metric",
+) -> npt.NDArray[Any]:
+    """Bring an H x W [x 3] label to a view as `view_label` does, mirrored where the view is.
+
+    Mirroring negates the x of normals. `depth` is `metric`, metres as they are, or `scaled`, divided
+    by `zoom`: what shows larger is as near as it would be to the camera that took view 0.
+    """
+    cut = _mirrored(_cut(label, view.box), view.flip)
+    if task == "normals" and view.flip:
+        cut = np.concatenate([0 - cut[..., :1], cut[..., 1:]], axis=-1)  # 0 - x: no negative zeros
+    shown = view_label(task, cut, whole(cut), image_size)
+    if task == "depth" and depth == "scaled":
+        height, width = label.shape[:2]
+        return (shown / zoom(view.box, height, width, image_size)).astype(shown.dtype)
+    return shown
 
 
 def whole_image_box(height: int, width: int, image_size: tuple[int, int]) -> Box:
@@ -89,6 +150,10 @@ def _cut(array: npt.NDArray[Any], box: Box) -> npt.NDArray[Any]:
     if not inside or box.height < 1 or box.width < 1:
         raise ValueError(f"{box} does not lie inside an image of {height} x {width} pixels")
     return array[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _mirrored(array: npt.NDArray[Any], flip: bool) -> npt.NDArray[Any]:
+    return array[:, ::-1] if flip else array
 
 
 def _nearest(source: int, target: int) -> npt.NDArray[np.intp]:

@@ -103,5 +103,9 @@ class ExtractConfig(BaseModel):
     need; z-score does not. Costs one matrix product per image and level, and C (C + 1) / 2 numbers
     of 8 bytes per level and shard (2.4 MB for 768 channels)."""
 
+    equivariance_images: Annotated[int, Field(ge=0)] = 16
+    """Images on which is measured how far each level follows flips, crops and scale, five forward
+    passes each (more where a network's grids do not nest); 0 leaves it out."""
+
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     """`auto` takes a CUDA device where there is one; else `cpu`, `cuda`, `cuda:1`, `mps`."""

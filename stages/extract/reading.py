@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.data.images import OK, ImageError, read_image
-from stages.data.view import Box
+from stages.data.view import cut_view, whole
+from stages.data.views import row_view
 from stages.extract.errors import ImageChangedError
 from stages.extract.teachers import Teacher
 from store.images import ImageTable, ViewTable
@@ -65,6 +66,15 @@ class RowReader:
         Raises:
             ImageChangedError: the file is gone or is not the one that was indexed.
         """
+        pixels = self.pixels(row)
+        return self.teacher.preprocess(pixels, whole(pixels))
+
+    def pixels(self, row: int) -> NDArray[np.uint8]:
+        """Return the pixels (h, w, 3) of a row's view, before any resizing.
+
+        Raises:
+            ImageChangedError: the file is gone or is not the one that was indexed.
+        """
         name = self.image_id(row)
         expected = self.images.sha256[row // self.views.views_per_image]
         try:
@@ -74,15 +84,10 @@ class RowReader:
         if image.sha256 != expected:
             found = f"sha256 {image.sha256[:12]} instead of {expected[:12]}"
             raise self._changed(name, f"{self.paths[name]} has {found}")
-        return self.teacher.preprocess(image.pixels, _box(self.views.boxes[row]))
+        return cut_view(image.pixels, row_view(self.views, row))
 
     def _changed(self, name: str, found: str) -> ImageChangedError:
         return ImageChangedError(
             f"image {name!r} changed since it was indexed: {found}. Put the old file back, or "
             "index the images anew into another store."
         )
-
-
-def _box(values: NDArray[np.float32]) -> Box:
-    top, left, height, width = (int(value) for value in values)
-    return Box(top=top, left=left, height=height, width=width)

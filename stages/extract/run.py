@@ -19,6 +19,7 @@ from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.encode import Encoder, refuse_unstorable
+from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
 from stages.extract.portions import Portions
 from stages.extract.reading import RowReader, read_ahead
@@ -27,8 +28,9 @@ from stages.extract.teachers import Features, Teacher, choose_device, load_teach
 from stages.progress import Progress
 from stages.stopping import Stop
 from store.calibration import FittedTarget
+from store.locks import teacher_turn
 from store.reader import FeatureStore
-from store.remote import StorePath
+from store.remote import StorePath, locate
 from store.spec import TeacherSpec
 from store.writer import FeatureWriter
 
@@ -90,6 +92,7 @@ def extract_teacher(
     *,
     covariance: bool = False,
     calibration_images: int = 320,
+    equivariance_images: int = 0,
     stop: Stop | None = None,
 ) -> ExtractSummary:
     """Write a teacher's features of every image that the store lists, then mark them finished.
@@ -98,7 +101,8 @@ def extract_teacher(
     not committed are computed, and those that no other process is at. Batches start where shards
     start, so that the same batches are formed, and the same bits come out, whoever resumes. Where
     the codec has to be fitted, the teacher first sees `calibration_images` of the images for that.
-    `covariance` gathers that of each level's channels too.
+    `covariance` gathers that of each level's channels too. Before the first row is written,
+    `equivariance_images` of the images show how far the levels follow flips, crops and scale.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
@@ -115,6 +119,7 @@ def extract_teacher(
         shard_bytes=shard_bytes,
         covariance=covariance,
         calibration_images=calibration_images,
+        equivariance_images=equivariance_images,
     )
     return extraction.run(progress, stop or Stop())
 
@@ -138,6 +143,7 @@ def open_extraction(
         shard_bytes=settings.shard_megabytes * 2**20,
         covariance=settings.covariance,
         calibration_images=settings.calibration_images,
+        equivariance_images=settings.equivariance_images,
     )
 
 
@@ -151,6 +157,7 @@ class Extraction:
     shard_bytes: int
     covariance: bool
     calibration_images: int
+    equivariance_images: int
 
     @property
     def spec(self) -> TeacherSpec:
@@ -181,6 +188,10 @@ class Extraction:
             raise ExtractionError(
                 f"images were added to {self.store_path} just now; run this again"
             )
+        if self.equivariance_images and writer.missing():
+            path = locate(self.store_path)
+            with teacher_turn(path / self.spec.name):
+                keep_equivariance(path, self.rows, self.equivariance_images, progress)
         return writer
 
     def write(
@@ -250,8 +261,6 @@ def open_rows(
             f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
             + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
         )
-    if store.views.flips.any():
-        raise ExtractionError(f"{path} asks for flipped views, which are not extracted yet")
     return RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)
 
 

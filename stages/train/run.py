@@ -13,6 +13,7 @@ import torch
 
 from stages.data.dataset import Dataset
 from stages.data.tasks import Task
+from stages.data.view import DepthRule
 from stages.progress import NoProgress, Progress
 from stages.train.checkpoint import load_checkpoint
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
@@ -41,7 +42,7 @@ class TrainingRun:
     folder: Path
     """Receives the checkpoint, the log and at the end the student."""
     image_size: tuple[int, int]
-    """Height and width of view 0, as in the store."""
+    """Height and width of every view, as in the store."""
     student: StudentConfig
     teachers: tuple[str, ...]
     """Teachers with a path; their features are read only where `phase.alpha` is above 0."""
@@ -50,6 +51,8 @@ class TrainingRun:
     phase: PhaseConfig
     runtime: RuntimeConfig
     split: str = "train"
+    depth: DepthRule = "metric"
+    """What depth labels of enlarged views say, see `stages.data.view.replay_label`."""
     initialise_from: Path | None = None
     """Folder of a finished run whose stem, paths, norms and aligners are taken over."""
 
@@ -176,6 +179,7 @@ def _identity(
         "images": {
             "set": store.images.digest(),
             "views": store.views.digest(),
+            "depth": run.depth,
             "trained_on": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
         "features": {name: store.teachers[name].fingerprint() for name in run.distilled},
@@ -199,6 +203,7 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         seed=run.runtime.seed,
         cache_bytes=run.phase.cache_megabytes * MEGABYTE,
         resolution=run.phase.resolution,
+        depth=run.depth,
     )
 
 

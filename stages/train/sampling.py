@@ -1,5 +1,6 @@
-"""Which images a step sees: a pure function of seed and step, so that any step can be resumed."""
+"""Which images and views a step sees: a pure function of seed and step, so any can be resumed."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,3 +59,18 @@ class StepSampler(Sampler[list[Draw]]):
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         bits = np.random.Philox(key=[self._seed, epoch])
         return np.random.Generator(bits).permutation(self._images)
+
+
+def choose_view(seed: int, epoch: int, image_id: str, views: int) -> int:
+    """Return which of its views an image shows in an epoch, whoever asks and in whatever order.
+
+    In every `views` epochs, counted from the first, an image shows each of them once, in an order
+    of its own.
+    """
+    if views == 1:
+        return 0
+    cycle, place = divmod(epoch, views)
+    text = f"views/{seed}/{cycle}/{image_id}"
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest, "little"))
+    return int(np.random.Generator(bits).permutation(views)[place])

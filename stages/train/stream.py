@@ -17,9 +17,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from stages.data.dataset import Dataset
 from stages.data.images import read_image
-from stages.data.view import Box, view_image
+from stages.data.view import DepthRule, cut_view, view_image, whole
+from stages.data.views import row_view
 from stages.train.jitter import image_generator, jitter
-from stages.train.sampling import Draw, StepSampler
+from stages.train.sampling import Draw, StepSampler, choose_view
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec
 
@@ -37,6 +38,8 @@ class Batch:
     """What one step needs."""
 
     ids: tuple[str, ...]
+    views: tuple[int, ...]
+    """Which view of each image."""
     images: Tensor
     """`B 3 H W` float32, jittered and normalised."""
     labels: dict[str, Tensor]
@@ -55,6 +58,7 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(
             ids=self.ids,
+            views=self.views,
             images=change(self.images),
             labels={name: change(label) for name, label in self.labels.items()},
             targets={
@@ -77,11 +81,12 @@ class StreamSpec:
     seed: int
     cache_bytes: int
     resolution: Literal["finest"] | Grid = "finest"
+    depth: DepthRule = "metric"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
-    """View 0 of an image and its labels, decoded and resized."""
+class _Shown:
+    """A view of an image and its labels, decoded and resized."""
 
     image: Tensor
     labels: Mapping[str, Tensor]
@@ -96,12 +101,13 @@ class _ViewCache:
 
     limit: int
     used: int = 0
-    views: dict[str, _View] = field(default_factory=dict)
+    views: dict[int, _Shown] = field(default_factory=dict)
+    """By row of the store."""
 
-    def put(self, image_id: str, view: _View) -> None:
-        if self.used + view.bytes() <= self.limit:
-            self.used += view.bytes()
-            self.views[image_id] = view
+    def put(self, row: int, shown: _Shown) -> None:
+        if self.used + shown.bytes() <= self.limit:
+            self.used += shown.bytes()
+            self.views[row] = shown
 
 
 class TargetStream(TorchDataset[Batch]):
@@ -128,18 +134,28 @@ class TargetStream(TorchDataset[Batch]):
     def __getitems__(self, draws: list[Draw]) -> Batch:
         """Return the batch of these draws; the data loader calls this by name."""
         ids = tuple(self.spec.ids[draw.index] for draw in draws)
-        views = [self._view(image_id) for image_id in ids]
+        count = self._store.views.views_per_image
+        views = tuple(
+            choose_view(self.spec.seed, draw.epoch, image_id, count)
+            for draw, image_id in zip(draws, ids, strict=True)
+        )
+        rows = [self._store.row(*pair) for pair in zip(ids, views, strict=True)]
+        shown = [self._shown(image_id, row) for image_id, row in zip(ids, rows, strict=True)]
         images = [
-            self._prepared(view.image, draw.epoch, image_id)
-            for view, draw, image_id in zip(views, draws, ids, strict=True)
+            self._prepared(one.image, draw.epoch, image_id)
+            for one, draw, image_id in zip(shown, draws, ids, strict=True)
         ]
-        labels = {
-            task: torch.stack([view.labels[task] for view in views]) for task in self.spec.tasks
-        }
-        return Batch(ids=ids, images=torch.stack(images), labels=labels, targets=self._targets(ids))
+        return Batch(
+            ids=ids,
+            views=views,
+            images=torch.stack(images),
+            labels={
+                task: torch.stack([one.labels[task] for one in shown]) for task in self.spec.tasks
+            },
+            targets=self._targets(rows),
+        )
 
-    def _targets(self, ids: Sequence[str]) -> dict[str, list[Tensor]]:
-        rows = [self._store.row(image_id) for image_id in ids]
+    def _targets(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
         return {
             name: [
                 torch.from_numpy(self._store.read(name, level, rows, grid))
@@ -154,40 +170,33 @@ class TargetStream(TorchDataset[Batch]):
             pixels = jitter(pixels, image_generator(self.spec.seed, epoch, image_id))
         return (pixels - self._mean) / self._std
 
-    def _view(self, image_id: str) -> _View:
-        view = self._cache.views.get(image_id)
-        if view is None:
-            view = self._read_view(image_id)
-            self._cache.put(image_id, view)
-        return view
+    def _shown(self, image_id: str, row: int) -> _Shown:
+        shown = self._cache.views.get(row)
+        if shown is None:
+            shown = self._read(image_id, row)
+            self._cache.put(row, shown)
+        return shown
 
-    def _indexed_sha256(self, image_id: str) -> str:
-        index = self._store.row(image_id) // self._store.views.views_per_image
-        return self._store.images.sha256[index]
-
-    def _read_view(self, image_id: str) -> _View:
-        size = self.spec.image_size
+    def _read(self, image_id: str, row: int) -> _Shown:
+        """Replay a row's view, so that the student sees what the teachers saw."""
+        size, views = self.spec.image_size, self._store.views
         path = self._dataset.path(image_id)
         file = read_image(path)
-        if file.sha256 != self._indexed_sha256(image_id):
+        if file.sha256 != self._store.images.sha256[row // views.views_per_image]:
             raise StreamError(
                 f"image '{image_id}' ({path}) is not the one that the store was made from: its "
                 "content has changed since `sak index`. Restore the file, or index and extract "
                 "into another store"
             )
-        pixels = file.pixels
-        image = np.moveaxis(view_image(pixels, self._box(image_id), size), -1, 0)
-        labels = self._dataset.labels(image_id, size) if self.spec.tasks else {}
-        return _View(
+        view = row_view(views, row)
+        pixels = cut_view(file.pixels, view)
+        image = np.moveaxis(view_image(pixels, whole(pixels), size), -1, 0)
+        asked = self.spec.tasks
+        labels = self._dataset.labels(image_id, size, view, self.spec.depth) if asked else {}
+        return _Shown(
             image=torch.from_numpy(np.array(image, order="C")),
             labels={task: _label_tensor(labels[task]) for task in self.spec.tasks},
         )
-
-    def _box(self, image_id: str) -> Box:
-        """Take view 0 from the store, so that the student sees what the teachers saw."""
-        box = self._store.views.boxes[self._store.row(image_id)]
-        top, left, height, width = (round(float(side)) for side in box)
-        return Box(top=top, left=left, height=height, width=width)
 
 
 def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) -> Grid:
@@ -213,7 +222,7 @@ def _label_tensor(label: npt.NDArray[Any]) -> Tensor:
 def usable_ids(
     dataset: Dataset, split: str, store: FeatureStore, teachers: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the images of a split that are readable and have features of every teacher.
+    """Return the images of a split that are readable, every view with features of every teacher.
 
     Raises:
         StreamError: no image is left.
@@ -221,9 +230,10 @@ def usable_ids(
     """
     listed = dataset.split(split)
     valid = np.array([status == "ok" for status in store.images.statuses])
+    views = store.views.views_per_image
     for name in teachers:
-        valid &= np.asarray(store.valid(name), dtype=bool)
-    ids = tuple(image_id for image_id in listed if valid[store.row(image_id)])
+        valid &= store.valid(name).reshape(-1, views).all(axis=1)
+    ids = tuple(image_id for image_id in listed if valid[store.row(image_id) // views])
     if left_out := len(listed) - len(ids):
         logger.warning("%d of %d images of %r are not usable", left_out, len(listed), split)
     if not ids:

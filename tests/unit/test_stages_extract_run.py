@@ -240,12 +240,19 @@ def test_a_data_set_with_more_images_than_the_store_is_refused(
         run(store, more, AverageTeacher())
 
 
-def test_flipped_views_are_refused_rather_than_ignored(
+def test_flipped_views_hold_the_answer_to_the_mirrored_image(
     tmp_path: Path, sources: tuple[ImageSource, ...]
 ) -> None:
     store = new_store(tmp_path / "flipped.zarr", sources, flip=True)
-    with pytest.raises(ExtractionError, match="flipped"):
-        run(store, sources, AverageTeacher())
+    run(store, sources, AverageTeacher())
+    for source in sources:
+        pixels = np.array(Image.open(source.path))
+        box = whole_image_box(*pixels.shape[:2], VIEW)
+        cut = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+        Image.fromarray(np.ascontiguousarray(cut[:, ::-1])).save(source.path)
+    mirrored = live(sources, AverageTeacher()).astype(np.float16)
+    stored = FeatureStore(store).read("average", "block_00", range(COUNT))
+    np.testing.assert_array_equal(stored, mirrored)
 
 
 CONFIG = TeacherConfig(source="timm:test_vit", checkpoint="random", levels=2)
