@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from store.errors import StoreError
 from store.spec import canonical_json, check_count
 
+OK = "ok"
+"""Status of an image that can be used; any other is the reason why it cannot."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
