@@ -25,11 +25,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, no 
 DEFAULT_PARAMS = Path("params.yaml")
 
 
-@app.command(epilog="Example: sak index --params params.yaml")
+@app.command(epilog="Example: sak index --max-bad 0.1%")
 def index(
     append: Annotated[
         bool, typer.Option("--append", help="Add the images that the store does not list yet.")
     ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Let images in that can be read by now.")
+    ] = False,
+    max_bad: Annotated[
+        str | None, typer.Option(help="Bad images to accept: 30 or 0.1%; else data.max_bad.")
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -37,8 +43,14 @@ def index(
     from pipeline import indexing
     from pipeline.params import load_params
 
+    if retry_quarantined and (append or max_bad):
+        raise typer.BadParameter("--retry-quarantined goes alone; run it before --append")
     with console.progress_bar(not as_json) as bar:
-        result = indexing.index(load_params(params), append, bar)
+        loaded = load_params(params)
+        if retry_quarantined:
+            result = indexing.retry_quarantined(loaded, bar)
+        else:
+            result = indexing.index(loaded, append, bar, max_bad)
     console.show("image set", two_columns(dataclasses.asdict(result)), as_json)
 
 

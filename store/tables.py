@@ -1,6 +1,6 @@
 """The root of a store and its tables of images and views."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,46 @@ _SHA256_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableState:
+    """Which images and views, in so many rows, a store had or a teacher was extracted for."""
+
+    images_digest: str
+    views_digest: str
+    rows: int
+
+    @classmethod
+    def from_attributes(cls, attributes: Any) -> "TableState":
+        """Return the state that JSON values describe.
+
+        Raises:
+            StoreDamagedError: they describe none.
+        """
+        values = attributes if isinstance(attributes, dict) else {}
+        return cls(
+            images_digest=str(values.get("images_digest")),
+            views_digest=str(values.get("views_digest")),
+            rows=read_count(values, "rows"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RootRecord:
-    """The attributes of the store's root."""
+    """The attributes of the store's root; two are equal when they are of the same tables."""
 
     images: int
     images_digest: str
     views_digest: str
     image_size: tuple[int, int]
     views_per_image: int
+    earlier: tuple[TableState, ...] = field(default=(), compare=False)
+    """States of before quarantined images were admitted, see `store.admit`."""
+
+    @property
+    def state(self) -> TableState:
+        """The images and views of now."""
+        return TableState(
+            images_digest=self.images_digest, views_digest=self.views_digest, rows=self.rows
+        )
 
     @property
     def rows(self) -> int:
@@ -39,6 +71,7 @@ class RootRecord:
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
+        earlier = {"earlier": [asdict(state) for state in self.earlier]} if self.earlier else {}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -47,6 +80,7 @@ class RootRecord:
             "views_digest": self.views_digest,
             "image_size": list(self.image_size),
             "views_per_image": self.views_per_image,
+            **earlier,
         }
 
 
@@ -77,10 +111,17 @@ def read_root(path: StorePath) -> RootRecord:
         views_digest=str(attributes.get("views_digest")),
         image_size=(read_count(sides, "height"), read_count(sides, "width")),
         views_per_image=read_count(attributes, "views_per_image"),
+        earlier=_earlier_states(attributes.get("earlier", [])),
     )
     heights = _column("images", "height", (record.images,))
     read_chunk(path, heights, heights.files - 1)  # so many images there must be, before any loop
     return record
+
+
+def _earlier_states(listed: Any) -> tuple[TableState, ...]:
+    if not isinstance(listed, list):
+        raise StoreDamagedError(f"earlier states of a store are a list, not {listed!r:.80}")
+    return tuple(map(TableState.from_attributes, listed))
 
 
 def write_tables(folder: StorePath, images: ImageTable, views: ViewTable) -> None:

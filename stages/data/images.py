@@ -30,6 +30,7 @@ __all__ = [
     "index_images",
     "read_image",
     "read_size",
+    "try_images",
 ]
 
 _SHOWN = 5
@@ -161,19 +162,37 @@ def index_images(
     Raises:
         TooManyBadImagesError: more are unreadable than `max_bad` allows, or all of them.
     """
+    most = _limit(max_bad, len(sources))
+    rows = _read_rows(sources, most + _SHOWN, progress, workers)
+    _check_bad(sources, rows, max_bad)
+    return _table(sources, rows)
+
+
+def try_images(sources: Sequence[ImageSource], progress: Progress) -> ImageTable:
+    """Tabulate images as `index_images` does, however many of them cannot be read."""
+    return _table(sources, _read_rows(sources, len(sources), progress, None))
+
+
+def _read_rows(
+    sources: Sequence[ImageSource], most_bad: int, progress: Progress, workers: int | None
+) -> "list[_Row]":
+    """Return a row per image, in order; those up to where there are more bad ones than `most_bad`."""
     progress.start("index images", len(sources))
     rows: list[_Row] = []
-    bad, limit = 0, _limit(max_bad, len(sources))
+    bad = 0
     with ThreadPoolExecutor(workers or _threads(sources)) as pool:
         for start in range(0, len(sources), _BATCH):
             for row in pool.map(_index_one, sources[start : start + _BATCH]):
                 rows.append(row)
                 progress.advance()
                 bad += row.status != OK
-                if bad > limit + _SHOWN:
+                if bad > most_bad:
                     pool.shutdown(cancel_futures=True)
-                    _check_bad(sources, rows, max_bad)
-    _check_bad(sources, rows, max_bad)
+                    return rows
+    return rows
+
+
+def _table(sources: Sequence[ImageSource], rows: "Sequence[_Row]") -> ImageTable:
     return ImageTable(
         ids=tuple(source.id for source in sources),
         sha256=tuple(row.sha256 for row in rows),

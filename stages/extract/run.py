@@ -124,8 +124,8 @@ def extract_teacher(
         covariance=covariance,
         calibrate=calibrate,
     ) as writer:
-        if writer.rows != len(rows.views):
-            raise ExtractionError(f"images were added to {store_path} just now; run this again")
+        if writer.images_digest != rows.images.digest():
+            raise ExtractionError(f"the images of {store_path} changed just now; run this again")
         missing = writer.missing()
         asked = [row for shard in missing for row in shard]
         good = [row for row in asked if rows.is_ok(row)]
