@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Distil several frozen vision models into one student, through a store of their features.",
-    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 3 verify found something, "
+    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 3 verify or doctor found something, "
     "130 interrupted.",
 )
 
@@ -249,6 +249,22 @@ def probe(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
     with console.progress_bar(not as_json) as bar:
         result = probing.probe(load_params(params), bar)
     console.show("linear probe", result, as_json)
+
+
+@app.command(epilog="Example: sak doctor --json; exit code 3: a check failed")
+def doctor(
+    params: Annotated[
+        Path | None, typer.Option(help="Parameter file; params.yaml where there is one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything that a run needs: weights, GPU, disk, versions, images, store."""
+    from pipeline import doctor
+
+    result, healthy = doctor.diagnose(params or DEFAULT_PARAMS, wanted=params is not None)
+    console.show("doctor", result, as_json)
+    if not healthy:
+        raise typer.Exit(3)
 
 
 @app.command(epilog="Example: sak teachers")
