@@ -139,6 +139,11 @@ class FeatureWriter:
         return self._record.rows
 
     @property
+    def images_digest(self) -> str:
+        """Digest of the store's images when the writer was opened."""
+        return self._record.images_digest
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row of all arrays as stored, without checksums."""
         return sum(array.row_bytes for array in self._layout.features().values())

@@ -183,16 +183,20 @@ class Extraction:
             covariance=self.covariance,
             calibrate=calibrate,
         )
-        if writer.rows != len(self.rows.views):
+        try:
+            self._prepare(writer, progress)
+        except BaseException:
             writer.close()
-            raise ExtractionError(
-                f"images were added to {self.store_path} just now; run this again"
-            )
+            raise
+        return writer
+
+    def _prepare(self, writer: FeatureWriter, progress: Progress) -> None:
+        path = locate(self.store_path)
+        if writer.images_digest != self.rows.images.digest():
+            raise ExtractionError(f"the images of {path} changed just now; run this again")
         if self.equivariance_images and writer.missing():
-            path = locate(self.store_path)
             with teacher_turn(path / self.spec.name):
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
-        return writer
 
     def write(
         self, writer: FeatureWriter, shards: Iterator[range], progress: Progress, stop: Stop
