@@ -104,11 +104,28 @@ def read_image(path: Place) -> ImageFile:
             type without a known range, or larger than Pillow's limit against decompression bombs.
         ImageOutOfReachError: it cannot be fetched now.
     """
+    return decode_data(path, read_data(path))
+
+
+def read_data(path: Place) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        ImageError, ImageOutOfReachError: as `read_image`.
+    """
     try:
-        data = read_bytes(path)
+        return read_bytes(path)
     except UnreadableError as error:
         kind = ImageOutOfReachError if error.passing else ImageError
         raise kind(f"{path}: {error}", str(error)) from error
+
+
+def decode_data(path: Place, data: bytes) -> ImageFile:
+    """Decode the bytes of an image file, which was read from `path`.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         return ImageFile(pixels=_decode(data), sha256=sha256)

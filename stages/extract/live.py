@@ -21,8 +21,7 @@ from stages.extract.comparison import (
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.encode import refuse_unstorable
 from stages.extract.errors import ImageChangedError, NonFiniteFeaturesError
-from stages.extract.reading import RowReader, read_ahead
-from stages.extract.run import open_rows
+from stages.extract.reading import RowReader, open_rows, read_ahead
 from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import Progress
 from store.errors import difference

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from stages.data.view import Box
@@ -32,13 +32,11 @@ class Portions:
         """What the teacher gives."""
         return self._teacher.spec
 
-    def preprocess(
-        self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> Float32[Tensor, "3 H W"]:
+    def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
         """Return the teacher's input for the part `box` of an RGB image."""
         return self._teacher.preprocess(image, box)
 
-    def __call__(self, images: Float32[Tensor, "B 3 H W"]) -> Features:
+    def __call__(self, images: Shaped[Tensor, "B ..."]) -> Features:
         """Return the levels of a batch of preprocessed images.
 
         Raises:

@@ -1,22 +1,29 @@
 """Decoding ahead: a few threads keep a bounded number of images ready, in order."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.data.images import OK, ImageError, ImageOutOfReachError, read_image
+from stages.data.images import OK, ImageError, ImageOutOfReachError, decode_data, read_data
 from stages.data.places import Place
+from stages.data.sources import ImageSource
 from stages.data.view import cut_view, whole
 from stages.data.views import row_view
+from stages.extract.clock import StageClock
 from stages.extract.errors import ExtractionError, ImageChangedError
 from stages.extract.teachers import Teacher
 from store.images import ImageTable, ViewTable
+from store.reader import FeatureStore
+from store.remote import StorePath
+
+_SHOWN = 5
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,6 +50,46 @@ def read_ahead(
                 future.cancel()
 
 
+class DecodedImages:
+    """The images decoded last, up to `limit` bytes and at least one, so that none is decoded twice.
+
+    Safe to share between threads: who comes second waits for who decodes.
+    """
+
+    def __init__(self, limit: int = 2**28) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._images: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, number: int, decode: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Return an image by its number, decoded by `decode` unless it is here."""
+        with self._lock:
+            found = self._images.get(number)
+            future = self._images.setdefault(number, Future())
+            self._images.move_to_end(number)
+        if found is not None:
+            return found.result()
+        try:
+            image = decode(number)
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        future.set_result(image)
+        self._make_room(image.nbytes)
+        return image
+
+    def _make_room(self, added: int) -> None:
+        with self._lock:
+            self._bytes += added
+            done = [number for number, future in self._images.items() if future.done()]
+            for number in done[:-1]:
+                if self._bytes <= self._limit:
+                    return
+                future = self._images.pop(number)
+                self._bytes -= 0 if future.exception() else future.result().nbytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowReader:
     """Reads a row of the store's view table as its teacher's input."""
@@ -51,6 +98,9 @@ class RowReader:
     images: ImageTable
     views: ViewTable
     paths: Mapping[str, Place]
+    clock: StageClock = field(default_factory=StageClock)
+    kept: "DecodedImages | None" = None
+    """Decoded images to share, where more than one row of an image, or teacher, wants them."""
 
     def image_id(self, row: int) -> str:
         """Return the id of the image that a row is a view of."""
@@ -65,9 +115,11 @@ class RowReader:
 
         Raises:
             ImageChangedError: the file is gone or is not the one that was indexed.
+            ExtractionError: it cannot be fetched now.
         """
         pixels = self.pixels(row)
-        return self.teacher.preprocess(pixels, whole(pixels))
+        with self.clock.stage("preprocess"):
+            return self.teacher.preprocess(pixels, whole(pixels))
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """Return the pixels (h, w, 3) of a row's view, before any resizing.
@@ -76,10 +128,20 @@ class RowReader:
             ImageChangedError: the file is gone or is not the one that was indexed.
             ExtractionError: it cannot be fetched now.
         """
-        name = self.image_id(row)
-        expected = self.images.sha256[row // self.views.views_per_image]
+        number = row // self.views.views_per_image
+        image = self._image(number) if self.kept is None else self.kept.get(number, self._image)
+        with self.clock.stage("preprocess"):
+            return cut_view(image, row_view(self.views, row))
+
+    def _image(self, number: int) -> NDArray[np.uint8]:
+        """Read and decode an image by its place in the table."""
+        name, expected = self.images.ids[number], self.images.sha256[number]
+        path = self.paths[name]
         try:
-            image = read_image(self.paths[name])
+            with self.clock.stage("read"):
+                data = read_data(path)
+            with self.clock.stage("decode"):
+                image = decode_data(path, data)
         except ImageOutOfReachError as error:
             raise ExtractionError(
                 f"image {name!r} could not be fetched, tried again and again: {error}. Every "
@@ -89,11 +151,39 @@ class RowReader:
             raise self._changed(name, str(error)) from error
         if image.sha256 != expected:
             found = f"sha256 {image.sha256[:12]} instead of {expected[:12]}"
-            raise self._changed(name, f"{self.paths[name]} has {found}")
-        return cut_view(image.pixels, row_view(self.views, row))
+            raise self._changed(name, f"{path} has {found}")
+        return image.pixels
 
     def _changed(self, name: str, found: str) -> ImageChangedError:
         return ImageChangedError(
             f"image {name!r} changed since it was indexed: {found}. Put the old file back, or "
             "index the images anew into another store."
         )
+
+
+def open_rows(
+    path: str | StorePath,
+    images: Sequence[ImageSource],
+    image_size: tuple[int, int],
+    teacher: Teacher,
+) -> RowReader:
+    """Return the reader of a store's rows as a teacher's inputs.
+
+    Raises:
+        ExtractionError: the store lists other images or views than the data set has.
+    """
+    store = FeatureStore(path)
+    if store.views.image_size != image_size:
+        raise ExtractionError(
+            f"{path} holds views of {store.views.image_size} (height, width), asked for "
+            f"{image_size}; choose another store path, or that image size"
+        )
+    paths = {image.id: image.path for image in images}
+    if paths.keys() != set(store.images.ids):
+        lacking = [name for name in store.images.ids if name not in paths]
+        raise ExtractionError(
+            f"{path} lists {len(store.images.ids)} images, the data set {len(paths)}; in the store "
+            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
+            + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
+        )
+    return RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)

@@ -3,39 +3,31 @@
 Letters: `B` batch, `C` channels, `h w` cells of a level's grid.
 """
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice, takewhile, tee
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
+from stages.extract.clock import StageClock, StageTimes, threads
 from stages.extract.config import ExtractConfig, TeacherConfig
-from stages.extract.encode import Encoder, refuse_unstorable
 from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
+from stages.extract.flow import Lane, flow, in_turn
 from stages.extract.portions import Portions
-from stages.extract.reading import RowReader, read_ahead
+from stages.extract.reading import DecodedImages, RowReader, open_rows
 from stages.extract.sharing import write_missing
-from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
-from stages.progress import Progress
+from stages.extract.teachers import Teacher, choose_device, load_teacher
+from stages.progress import NoProgress, Progress
 from stages.stopping import Stop
 from store.calibration import FittedTarget
 from store.locks import teacher_turn
-from store.reader import FeatureStore
 from store.remote import StorePath, locate
 from store.spec import TeacherSpec
 from store.writer import FeatureWriter
-
-_BATCHES_AHEAD = 2
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +47,8 @@ class ExtractSummary:
     images_per_second: float
     bytes_written: int
     shards_written: int
+    stages: StageTimes | None = None
+    """Where the time of the pass went, of all its teachers; None where workers did it."""
 
 
 def extract(
@@ -78,7 +72,7 @@ def extract(
     device = choose_device(extract_config.device)
     teacher = load_teacher(name, teacher_config, image_size, device)
     extraction = open_extraction(store_path, images, image_size, teacher, extract_config)
-    return extraction.run(progress, stop or Stop())
+    return run_together([extraction], progress, stop or Stop())[0]
 
 
 def extract_teacher(
@@ -121,7 +115,7 @@ def extract_teacher(
         calibration_images=calibration_images,
         equivariance_images=equivariance_images,
     )
-    return extraction.run(progress, stop or Stop())
+    return run_together([extraction], progress, stop or Stop())[0]
 
 
 def open_extraction(
@@ -173,7 +167,7 @@ class Extraction:
 
         def calibrate() -> Mapping[str, FittedTarget]:
             chosen = choose_rows(self.rows, self.calibration_images)
-            gathered = gather(self.rows, chosen, self.batch_size, _threads(), progress)
+            gathered = gather(self.rows, chosen, self.batch_size, threads(), progress)
             return gathered.fit(self.spec.codec)
 
         writer = FeatureWriter.open(
@@ -198,97 +192,66 @@ class Extraction:
             with teacher_turn(path / self.spec.name):
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
 
-    def write(
-        self, writer: FeatureWriter, shards: Iterator[range], progress: Progress, stop: Stop
-    ) -> None:
-        """Compute and commit shards, in this order; once asked to stop, begin no further one.
+    def lane(self, writer: FeatureWriter, clock: StageClock, kept: DecodedImages | None) -> Lane:
+        """Return this teacher's part in a flow."""
+        rows = replace(self.rows, clock=clock, kept=kept)
+        return Lane(rows=rows, batch_size=self.batch_size, writer=writer)
 
-        `shards` are drawn while the one before is still computed, so that images are read ahead.
-        """
-        shards, coming = tee(shards)
-        good = (row for shard in coming for row in shard if self.rows.is_ok(row))
-        ahead = _BATCHES_AHEAD * self.batch_size
-        encoder = Encoder(self.spec, writer.arrays, writer.codecs)
-        with closing(read_ahead(self.rows.load, good, _threads(), ahead)) as inputs:
-            for shard in takewhile(lambda _: not stop.requested, shards):
-                for batch in _batches(shard, self.batch_size):
-                    features, valid = answer(self.rows.teacher, self.rows, batch, inputs)
-                    writer.write_codes(batch, encoder(features, valid), valid)
-                    progress.advance(len(batch))
+    def write(self, writer: FeatureWriter, shards: Iterable[range]) -> None:
+        """Compute and commit shards that `writer` has claimed, in this order."""
+        clock = StageClock()
+        lane = self.lane(writer, clock, _kept([self]))
+        flow(lane.steps(shards), clock, NoProgress(), Stop())
 
-    def run(self, progress: Progress, stop: Stop) -> ExtractSummary:
-        """Write what is missing, together with whoever else is at it, and finish the teacher."""
-        with self.begin(progress) as writer:
-            missing = writer.missing()
-            progress.start(f"extract {self.spec.name}", sum(map(len, missing)))
-            started = time.perf_counter()
-            done = write_missing(
-                writer, lambda shards: self.write(writer, shards, progress, stop), progress, stop
-            )
+
+def run_together(
+    extractions: Sequence[Extraction], progress: Progress, stop: Stop
+) -> list[ExtractSummary]:
+    """Write what is missing of these teachers, in one pass over the images, and finish them.
+
+    Together with whoever else is at the same store.
+    """
+    with ExitStack() as stack:
+        writers = [stack.enter_context(one.begin(progress)) for one in extractions]
+        clock, kept = StageClock(), _kept(extractions)
+        lanes = [
+            one.lane(writer, clock, kept) for one, writer in zip(extractions, writers, strict=True)
+        ]
+        missing = sum(len(rows) for writer in writers for rows in writer.missing())
+        names = ", ".join(one.spec.name for one in extractions)
+        progress.start(f"extract {names}", missing)
+        started = time.perf_counter()
+
+        def write(shards: Sequence[Iterator[range]]) -> None:
+            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop)
+
+        done = write_missing(writers, write, progress, stop)
+        for writer in writers:
             writer.finish()
-            seconds = time.perf_counter() - started
-        asked, images = sum(map(len, done)), sum(map(self.images_in, done))
-        return ExtractSummary(
-            teacher=self.spec.name,
-            images=images,
-            quarantined=asked - images,
-            already_there=len(self.rows.views) - asked,
-            seconds=seconds,
-            images_per_second=images / seconds,
-            bytes_written=asked * writer.row_bytes,
-            shards_written=len(done),
-        )
+        times = clock.times(time.perf_counter() - started, on_gpu=torch.cuda.is_available())
+        return [
+            _summary(*one, times) for one in zip(extractions, writers, done, strict=True)
+        ]  # fmt: skip
 
 
-def open_rows(
-    path: str | StorePath,
-    images: Sequence[ImageSource],
-    image_size: tuple[int, int],
-    teacher: Teacher,
-) -> RowReader:
-    """Return the reader of a store's rows as a teacher's inputs.
-
-    Raises:
-        ExtractionError: the store lists other images or views than the data set has.
-    """
-    store = FeatureStore(path)
-    if store.views.image_size != image_size:
-        raise ExtractionError(
-            f"{path} holds views of {store.views.image_size} (height, width), asked for "
-            f"{image_size}; choose another store path, or that image size"
-        )
-    paths = {image.id: image.path for image in images}
-    if paths.keys() != set(store.images.ids):
-        lacking = [name for name in store.images.ids if name not in paths]
-        raise ExtractionError(
-            f"{path} lists {len(store.images.ids)} images, the data set {len(paths)}; in the store "
-            f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
-            + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
-        )
-    return RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)
+def _summary(
+    extraction: Extraction, writer: FeatureWriter, done: Sequence[range], times: StageTimes
+) -> ExtractSummary:
+    asked, images = sum(map(len, done)), sum(map(extraction.images_in, done))
+    return ExtractSummary(
+        teacher=extraction.spec.name,
+        images=images,
+        quarantined=asked - images,
+        already_there=len(extraction.rows.views) - asked,
+        seconds=times.elapsed,
+        images_per_second=images / times.elapsed,
+        bytes_written=asked * writer.row_bytes,
+        shards_written=len(done),
+        stages=times,
+    )
 
 
-def _threads() -> int:
-    return os.cpu_count() or 1
-
-
-def _batches(shard: range, batch_size: int) -> Iterator[range]:
-    for start in range(shard.start, shard.stop, batch_size):
-        yield range(start, min(start + batch_size, shard.stop))
-
-
-def answer(
-    teacher: Teacher, rows: RowReader, batch: Sequence[int], inputs: Iterator[Tensor]
-) -> tuple[Features | None, NDArray[np.bool_]]:
-    """Return what a teacher says of the valid rows of a batch, None if there are none, and which.
-
-    Raises:
-        NonFiniteFeaturesError: the teacher answered with what cannot be stored.
-    """
-    good = [row for row in batch if rows.is_ok(row)]
-    valid = np.array([rows.is_ok(row) for row in batch])
-    if not good:
-        return None, valid
-    features = teacher(torch.stack(list(islice(inputs, len(good)))))
-    refuse_unstorable(features, teacher.spec, [rows.image_id(row) for row in good])
-    return features, valid
+def _kept(extractions: Sequence[Extraction]) -> DecodedImages | None:
+    """Return room for decoded images where an image is wanted more than once."""
+    several = len(extractions) > 1 or extractions[0].rows.views.views_per_image > 1
+    return DecodedImages() if several else None

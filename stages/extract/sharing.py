@@ -12,29 +12,36 @@ from stages.progress import Progress
 from stages.stopping import Stop
 from store.writer import FeatureWriter
 
-WriteShards = Callable[[Iterator[range]], None]
-"""Computes and writes these shards, in this order; may draw a little ahead of what it writes."""
+WriteShards = Callable[[Sequence[Iterator[range]]], None]
+"""Computes and writes these shards of each writer, in this order; may draw a little ahead."""
 
 
 def write_missing(
-    writer: FeatureWriter, write: WriteShards, progress: Progress, stop: Stop
-) -> list[range]:
-    """Go on until every shard is committed, by this process or another; return the own ones.
+    writers: Sequence[FeatureWriter], write: WriteShards, progress: Progress, stop: Stop
+) -> list[list[range]]:
+    """Go on until every shard of every writer is committed; return the own ones of each.
 
     Raises:
-        Terminated: a stop was asked for, and the shard that was begun is committed.
+        Terminated: a stop was asked for, and the shards that were begun are committed.
     """
-    done: list[range] = []
-    missing = writer.missing()
-    while missing:
-        mine: list[range] = []
+    done: list[list[range]] = [[] for _ in writers]
+    missing = [writer.missing() for writer in writers]
+    while any(missing):
+        mine: list[list[range]] = [[] for _ in writers]
         with stop.deferred():
-            write(_claimed(writer, missing, mine, stop))
-        done += mine
-        left = writer.missing()
-        others = [rows for rows in missing if rows not in mine and rows not in left]
-        progress.advance(sum(map(len, others)))
-        if left and not mine:
+            write(
+                [
+                    _claimed(writer, left, own, stop)
+                    for writer, left, own in zip(writers, missing, mine, strict=True)
+                ]
+            )
+        left = [writer.missing() for writer in writers]
+        for number, own in enumerate(mine):
+            done[number] += own
+            before, after = missing[number], left[number]
+            others = [rows for rows in before if rows not in own and rows not in after]
+            progress.advance(sum(map(len, others)))
+        if any(left) and not any(mine):
             time.sleep(random.uniform(0.2, 0.6))  # others are at all that is left
         missing = left
     return done

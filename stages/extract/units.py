@@ -20,7 +20,6 @@ from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.run import Extraction, open_extraction
 from stages.extract.teachers import choose_device, load_teacher
 from stages.progress import NoProgress
-from stages.stopping import Stop
 from store.remote import locate
 from store.tables import read_root
 from store.writer import FeatureWriter
@@ -103,7 +102,7 @@ def extract_unit(job: Job, rows: range) -> UnitSummary:
         with FeatureWriter.join(job.store, extraction.spec) as writer:
             written = writer.claim(rows)
             if written:
-                extraction.write(writer, iter((rows,)), NoProgress(), Stop())
+                extraction.write(writer, [rows])
         return UnitSummary(
             rows=rows,
             images=extraction.images_in(rows) if written else 0,

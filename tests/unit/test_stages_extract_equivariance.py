@@ -22,7 +22,8 @@ from stages.data.view import Box, view_image
 from stages.data.views import draw_views
 from stages.extract.equivariance import Windows, choose_images, nested_grids
 from stages.extract.errors import NonFiniteFeaturesError
-from stages.extract.run import extract_teacher, open_rows
+from stages.extract.reading import open_rows
+from stages.extract.run import extract_teacher
 from stages.extract.teachers import Features
 from stages.progress import NoProgress
 from store.create import create_store

@@ -70,7 +70,7 @@ def test_all_are_at_work_at_once_and_each_shard_is_written_once(
                 write_rows(writer, SPEC, rows)
 
         with open_writer(store) as writer:
-            done = write_missing(writer, write, NoProgress(), Stop())
+            done = write_missing([writer], lambda shards: write(shards[0]), NoProgress(), Stop())[0]
             writer.finish()
         return done
 
@@ -98,7 +98,7 @@ def test_what_another_gave_up_is_taken_over(store: Path, tmp_path: Path) -> None
 
     progress = Counted()
     with open_writer(store) as writer:
-        done = write_missing(writer, write, progress, Stop())
+        done = write_missing([writer], lambda shards: write(shards[0]), progress, Stop())[0]
         writer.finish()
     assert passes[0] == [range(row, row + 2) for row in range(0, ROWS, 2) if row != 4]
     assert [rows for one in passes[1:] for rows in one] == [range(4, 6)]
@@ -119,7 +119,10 @@ def test_what_others_commit_counts_as_progress(store: Path) -> None:
 
     progress = Counted()
     with open_writer(store) as writer, other:
-        assert range(2) not in write_missing(writer, write, progress, Stop())
+        assert (
+            range(2)
+            not in write_missing([writer], lambda shards: write(shards[0]), progress, Stop())[0]
+        )
     assert progress.done == 2
 
 
@@ -133,7 +136,7 @@ def test_a_stop_finishes_the_shard_and_leaves_the_rest_to_others(store: Path) ->
             write_rows(writer, SPEC, range(rows.start + 1, rows.stop))
 
     with open_writer(store) as writer, pytest.raises(Terminated):
-        write_missing(writer, write, NoProgress(), stop)
+        write_missing([writer], lambda shards: write(shards[0]), NoProgress(), stop)[0]
     with open_writer(store) as writer:
         assert writer.missing() == [range(row, row + 2) for row in range(2, ROWS, 2)]
         assert writer.claim(range(2, 4))

@@ -1,0 +1,194 @@
+"""Images flow through teachers into the store, all stages at work side by side.
+
+    read, decode, preprocess   threads, an image each
+    stack                      a thread: images to a batch, pinned for a GPU
+    forward                    the caller's thread, one batch of one teacher after the other
+    encode, write              a thread: codes on the teacher's device, then into the shard
+
+Between any two of them only so much may wait as `_AHEAD` says; memory does not depend on how many
+images there are. Several teachers take turns, batch by batch in the order of rows, so that an image
+is decoded once for all of them.
+
+Letters: `B` batch.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from heapq import merge
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.extract.clock import StageClock, threads
+from stages.extract.encode import Encoder, refuse_unstorable
+from stages.extract.reading import RowReader
+from stages.extract.teachers import Features
+from stages.progress import Progress
+from stages.stopping import Stop
+from store.writer import FeatureWriter
+
+_AHEAD = 2
+"""Batches that wait before a teacher, and before its writer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One batch of a teacher, of one shard."""
+
+    lane: "Lane"
+    shard: range
+    rows: range
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Lane:
+    """One teacher in the flow: where its rows come from and go to."""
+
+    rows: RowReader
+    batch_size: int
+    writer: FeatureWriter
+    encoder: Encoder = field(init=False)
+    dropped: set[range] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.encoder = Encoder(self.rows.teacher.spec, self.writer.arrays, self.writer.codecs)
+
+    def steps(self, shards: Iterable[range]) -> Iterator[Step]:
+        """Cut shards into batches; batches start where shards start, whoever resumes."""
+        for shard in shards:
+            for start in range(shard.start, shard.stop, self.batch_size):
+                if shard in self.dropped:
+                    break
+                stop = min(start + self.batch_size, shard.stop)
+                yield Step(lane=self, shard=shard, rows=range(start, stop))
+
+    def begins(self, step: Step, stop: Stop) -> bool:
+        """Tell whether a step is still to be done: once asked to stop, no shard is begun."""
+        if stop.requested and step.rows.start == step.shard.start:
+            self.dropped.add(step.shard)
+        return step.shard not in self.dropped
+
+    def good(self, rows: range) -> list[int]:
+        """Return the rows whose image can be read."""
+        return [row for row in rows if self.rows.is_ok(row)]
+
+
+def flow(
+    steps: Iterator[Step],
+    clock: StageClock,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Take every step, in order, and write what comes of it; returns when all is written.
+
+    Whatever ends it, what a teacher has answered by then is written first.
+
+    Raises:
+        ExtractionError: an image changed or cannot be fetched, or features cannot be stored.
+        StoreError: the store cannot be written. Shards that were complete are safe.
+    """
+    writing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        for step, inputs in read_steps(steps, clock):
+            if not step.lane.begins(step, stop):
+                inputs.cancel()
+                continue
+            with clock.stage("wait for images"):
+                images = inputs.result()
+            answer = _forward(step, images, clock)
+            writing.append(writer.submit(_store, step, answer, clock, progress, stop))
+            with clock.stage("wait for writing"):
+                while len(writing) > _AHEAD:
+                    writing.popleft().result()
+        with clock.stage("wait for writing"):
+            while writing:
+                writing.popleft().result()
+
+
+def in_turn(lanes: Sequence[tuple[Lane, Iterator[range]]]) -> Iterator[Step]:
+    """Return the steps of several teachers' shards, in the order of rows."""
+    return merge(*(lane.steps(shards) for lane, shards in lanes), key=lambda step: step.rows.stop)
+
+
+def read_steps(
+    steps: Iterable[Step], clock: StageClock
+) -> Iterator[tuple[Step, "Future[Tensor | None]"]]:
+    """Yield each step with its stack of inputs (B, ...) to come, None where no image is readable.
+
+    Errors of reading are raised by the futures. What was begun is dropped when the caller stops.
+    """
+    pending: deque[tuple[Step, Future[Tensor | None]]] = deque()
+    with (
+        ThreadPoolExecutor(threads(), thread_name_prefix="decode") as decode,
+        ThreadPoolExecutor(1, thread_name_prefix="stack") as stack,
+    ):
+        try:
+            for step in steps:
+                load: Callable[[int], Tensor] = step.lane.rows.load
+                images = [decode.submit(load, row) for row in step.lane.good(step.rows)]
+                pending.append((step, stack.submit(_stack, images, clock)))
+                if len(pending) > _AHEAD:
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
+        finally:
+            decode.shutdown(wait=False, cancel_futures=True)
+            stack.shutdown(wait=False, cancel_futures=True)
+
+
+def _stack(images: Sequence["Future[Tensor]"], clock: StageClock) -> Tensor | None:
+    inputs = [image.result() for image in images]
+    if not inputs:
+        return None
+    with clock.stage("stack"):
+        stacked = torch.stack(inputs)
+        return stacked.pin_memory() if torch.cuda.is_available() else stacked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What a teacher says of the `valid` (n,) rows of a step; a GPU is timed by its own clock."""
+
+    features: Features | None
+    valid: NDArray[np.bool_]
+    events: "tuple[torch.cuda.Event, torch.cuda.Event] | None" = None
+
+
+def _forward(step: Step, images: Tensor | None, clock: StageClock) -> _Answer:
+    valid = np.array([step.lane.rows.is_ok(row) for row in step.rows])
+    if images is None:
+        return _Answer(features=None, valid=valid)
+    teacher = step.lane.rows.teacher
+    if not torch.cuda.is_available():
+        with clock.stage("forward"):
+            return _Answer(features=teacher(images), valid=valid)
+    events = _event(), _event()
+    events[0].record()
+    features = teacher(images)
+    events[1].record()
+    return _Answer(features=features, valid=valid, events=events)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _store(step: Step, answer: _Answer, clock: StageClock, progress: Progress, stop: Stop) -> None:
+    lane = step.lane
+    if not lane.begins(step, stop):
+        return
+    if answer.events is not None:  # a GPU answers before it is done
+        answer.events[1].synchronize()
+        clock.add("forward", answer.events[0].elapsed_time(answer.events[1]) / 1000)
+    with clock.stage("encode"):
+        if answer.features is not None:
+            names = [lane.rows.image_id(row) for row in lane.good(step.rows)]
+            refuse_unstorable(answer.features, lane.rows.teacher.spec, names)
+        codes = lane.encoder(answer.features, answer.valid)
+    with clock.stage("write"):
+        lane.writer.write_codes(step.rows, codes, answer.valid)
+    progress.advance(len(step.rows))
