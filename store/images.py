@@ -126,13 +126,21 @@ class ViewTable:
 
     def first(self, rows: int) -> "ViewTable":
         """Return the first rows."""
+        return self._rows(slice(rows))
+
+    def of_images(self, places: Sequence[int]) -> "ViewTable":
+        """Return the views of the images at these places, in their order."""
+        rows = np.arange(len(self)).reshape(-1, self.views_per_image)[list(places)]
+        return self._rows(rows.ravel())
+
+    def _rows(self, rows: Any) -> "ViewTable":
         return ViewTable(
             image_size=self.image_size,
-            boxes=self.boxes[:rows],
-            flips=self.flips[:rows],
-            seeds=self.seeds[:rows],
+            boxes=self.boxes[rows],
+            flips=self.flips[rows],
+            seeds=self.seeds[rows],
             views_per_image=self.views_per_image,
-            photometric=None if self.photometric is None else self.photometric[:rows],
+            photometric=None if self.photometric is None else self.photometric[rows],
         )
 
     def digest(self) -> str:

@@ -76,6 +76,10 @@ def test_the_digest_covers_every_factor() -> None:
     assert len(others) == 2 + 4 * ROWS
     assert views.first(4).photometric is not None
     np.testing.assert_array_equal(views.first(4).photometric, views.photometric[:4])
+    some = views.of_images([2, 0])
+    assert some.views_per_image == 2
+    np.testing.assert_array_equal(some.photometric, views.photometric[[4, 5, 0, 1]])
+    np.testing.assert_array_equal(some.seeds, views.seeds[[4, 5, 0, 1]])
 
 
 @pytest.mark.parametrize(
