@@ -16,8 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Distil several frozen vision models into one student, through a store of their features.",
-    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 3 verify found something, "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a fault of ours, 2 a mistake in the input, 3 verify or doctor found "
+    "something, 130 interrupted, 143 terminated (SIGTERM); both resume.",
 )
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
@@ -25,11 +25,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, no 
 DEFAULT_PARAMS = Path("params.yaml")
 
 
-@app.command(epilog="Example: sak index --params params.yaml")
+@app.command(epilog="Example: sak index --max-bad 0.1%")
 def index(
     append: Annotated[
         bool, typer.Option("--append", help="Add the images that the store does not list yet.")
     ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Let images in that can be read by now.")
+    ] = False,
+    max_bad: Annotated[
+        str | None, typer.Option(help="Bad images to accept: 30 or 0.1%; else data.max_bad.")
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -37,8 +43,14 @@ def index(
     from pipeline import indexing
     from pipeline.params import load_params
 
+    if retry_quarantined and (append or max_bad):
+        raise typer.BadParameter("--retry-quarantined goes alone; run it before --append")
     with console.progress_bar(not as_json) as bar:
-        result = indexing.index(load_params(params), append, bar)
+        loaded = load_params(params)
+        if retry_quarantined:
+            result = indexing.retry_quarantined(loaded, bar)
+        else:
+            result = indexing.index(loaded, append, bar, max_bad)
     console.show("image set", two_columns(dataclasses.asdict(result)), as_json)
 
 
@@ -89,7 +101,11 @@ def plan(
         raise typer.Exit(2)
 
 
-@app.command("extract-teachers", epilog="Example: sak extract-teachers dinov2 clip")
+@app.command(
+    "extract-teachers",
+    epilog="Example: sak extract-teachers dinov2 clip --workers 2; or dask scheduler, dask worker "
+    "tcp://head:8786 --nthreads 1 on each machine, sak extract-teachers --scheduler tcp://head:8786",
+)
 def extract_teachers(
     names: Annotated[
         list[str] | None, typer.Argument(help="Teachers of the parameter file; all when left out.")
@@ -97,6 +113,12 @@ def extract_teachers(
     replace: Annotated[
         bool, typer.Option(help="Delete features that were written under other settings.")
     ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes here; one per GPU, if there are.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a dask scheduler whose workers do the work.")
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -105,7 +127,9 @@ def extract_teachers(
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = extraction.extract_teachers(load_params(params), names or [], replace, bar)
+        result = extraction.extract_teachers(
+            load_params(params), names or [], replace, bar, workers, scheduler
+        )
     console.show("extracted teachers", result, as_json)
 
 
@@ -237,6 +261,22 @@ def probe(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
     with console.progress_bar(not as_json) as bar:
         result = probing.probe(load_params(params), bar)
     console.show("linear probe", result, as_json)
+
+
+@app.command(epilog="Example: sak doctor --json; exit code 3: a check failed")
+def doctor(
+    params: Annotated[
+        Path | None, typer.Option(help="Parameter file; params.yaml where there is one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything that a run needs: weights, GPU, disk, versions, images, store."""
+    from pipeline import doctor
+
+    result, healthy = doctor.diagnose(params or DEFAULT_PARAMS, wanted=params is not None)
+    console.show("doctor", result, as_json)
+    if not healthy:
+        raise typer.Exit(3)
 
 
 @app.command(epilog="Example: sak teachers")

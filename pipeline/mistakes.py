@@ -6,9 +6,12 @@ from typer import Exit
 from typer.core import TyperGroup
 
 from pipeline import console
+from stages.stopping import Terminated
 
 OUR_PACKAGES = {"pipeline", "stages", "store"}
-INTERRUPTED = "interrupted; the same command goes on from the last shard or checkpoint written"
+RESUMES = "the same command goes on from the last shard or checkpoint written"
+INTERRUPTED = f"interrupted; {RESUMES}"
+TERMINATED = f"terminated; {RESUMES}"
 
 
 def user_message(error: BaseException) -> str | None:
@@ -21,12 +24,15 @@ def user_message(error: BaseException) -> str | None:
 
 
 class GuardedGroup(TyperGroup):
-    """Turns a user's mistake into exit code 2 and an interruption into 130."""
+    """Turns a user's mistake into exit code 2, an interruption into 130, SIGTERM into 143."""
 
     def invoke(self, ctx: Any) -> object:
         """Run the command line."""
         try:
             return super().invoke(ctx)
+        except Terminated:
+            console.fail(TERMINATED)
+            raise Exit(143) from None
         except KeyboardInterrupt:
             console.fail(INTERRUPTED)
             raise Exit(130) from None

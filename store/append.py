@@ -4,6 +4,8 @@ The grown tables hold the stored images first, so every row keeps its number and
 as they are. A teacher of fewer rows is recognised by the digests of the rows it has seen.
 """
 
+from dataclasses import replace
+
 from store.create import image_difference, root_of
 from store.errors import StoreMismatchError, difference
 from store.files import creation_lock, full_disk_refused
@@ -33,7 +35,7 @@ def append_images(path: str | StorePath, images: ImageTable, views: ViewTable) -
             return
         _refuse_changed(path, stored, images, views)
         with full_disk_refused(path, lambda: "The store is as it was"):
-            replace_tables(path, asked, images, views)
+            replace_tables(path, replace(asked, earlier=stored.earlier), images, views)
 
 
 def in_stored_order(path: str | StorePath, images: ImageTable) -> ImageTable:

@@ -18,7 +18,7 @@ from store.layout import METADATA, ArrayLayout, group_document
 from store.remote import StorePath
 from store.spec import EQUIVARIANCE
 from store.tables import RootRecord, read_images, read_root, read_views, table_layouts
-from store.teacher import TeacherRecord, is_teacher, read_record
+from store.teacher import TeacherRecord, is_earlier, is_teacher, read_record
 from store.teacher_layout import TeacherLayout, codec_layouts
 
 _CONSOLIDATED = "consolidated_metadata"
@@ -105,6 +105,25 @@ def _check_copies(
     )  # fmt: skip
 
 
+def _check_stranger(
+    folder: StorePath, record: TeacherRecord, again: str, found: Verification
+) -> None:
+    name = folder.name
+    try:
+        earlier = is_earlier(folder.parent, record)
+    except StoreDamagedError:
+        what = "it was not checked further: the store's tables must be mended first"
+        found.add("remark", "metadata", what, teacher=name)
+        return
+    if earlier:
+        what = "it is not finished: images were added since, or taken out of quarantine"
+        mend = f"`sak extract-teachers {name}` computes what is missing"
+        found.add("remark", "commits", what, mend, teacher=name)
+        return
+    what = f"it was extracted for other images or views than {folder.parent} now lists"
+    found.add("damage", "metadata", what, again, teacher=name)
+
+
 def check_description(
     folder: StorePath, root: RootRecord | None, found: Verification
 ) -> TeacherRecord | None:
@@ -125,8 +144,7 @@ def check_description(
         found.add("remark", "metadata", what, teacher=name)
         return None
     if not record.belongs_to(root):
-        what = f"it was extracted for other images or views than {folder.parent} now lists"
-        found.add("damage", "metadata", what, again, teacher=name)
+        _check_stranger(folder, record, again, found)
         return None
     mend = f"`sak extract-teachers {name}` writes its metadata anew"
     _check_bytes(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from store.errors import StoreError, StoreMismatchError, difference
 from store.files import creation_lock, full_disk_refused
-from store.images import ImageTable, ViewTable
+from store.images import OK, ImageTable, ViewTable
 from store.layout import METADATA
 from store.remote import StorePath, locate
 from store.swap import replace_tables, settle
@@ -97,6 +97,12 @@ def image_difference(stored: ImageTable, asked: ImageTable) -> list[str]:
         for names, where in ((gone, "only in the store"), (new, "not in the store"))
         if names
     ]
+    healed = [name for name in _quarantined(stored) - _quarantined(asked) if name not in gone]
+    if healed:
+        lines.append(
+            f"  {len(healed)} quarantined images can be read now, such as {min(healed)!r}: "
+            "`sak index --retry-quarantined` lets them in"
+        )
     columns = ("ids", "sha256", "heights", "widths", "statuses")
     for name in columns:
         pairs = enumerate(zip(getattr(stored, name), getattr(asked, name), strict=False))
@@ -106,3 +112,7 @@ def image_difference(stored: ImageTable, asked: ImageTable) -> list[str]:
             lines.append(f"  first difference in {name}, image {index}: {old!r} against {now!r}")
             break
     return lines
+
+
+def _quarantined(images: ImageTable) -> set[str]:
+    return {name for name, status in zip(images.ids, images.statuses, strict=True) if status != OK}

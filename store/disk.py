@@ -4,11 +4,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from store.errors import StoreError
 from store.files import write_fully
+from store.remote import StorePath
+
+RESERVE_BYTES = 64 * 2**20
+"""Left free on the store's disk, for its small files and for whatever else writes there."""
 
 _BLOCK = 8 * 2**20
 _LEAST_SECONDS = 1e-6  # a clock too coarse must not divide by zero
@@ -56,6 +61,23 @@ def measure_disk(path: Path, size: int) -> Disk:
         write_rate=total / max(written - started, _LEAST_SECONDS),
         read_rate=total / max(read - begun, _LEAST_SECONDS),
     )
+
+
+def refuse_full_disk(folder: StorePath, needed: int, state: Callable[[], str]) -> None:
+    """Refuse to begin what will not fit: `needed` bytes, and a reserve, below a local folder.
+
+    Raises:
+        StoreError: less than that is free; says what is safe (`state`).
+    """
+    if not isinstance(folder, Path):
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed + RESERVE_BYTES:
+        raise StoreError(
+            f"no space left for the next shard of {folder}: it needs {needed / 2**20:,.1f} MiB, "
+            f"and {RESERVE_BYTES / 2**20:,.0f} MiB are kept free; {free / 2**20:,.1f} MiB are free "
+            f"on the disk. {state()}. Make room and run the same command again, it resumes."
+        )
 
 
 def existing_parent(path: Path) -> Path:

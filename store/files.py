@@ -158,16 +158,18 @@ def _parent_lock(path: Path) -> Iterator[None]:
 
 
 class FolderLock:
-    """Exclusive use of a folder until released; the kernel releases it when the process dies.
+    """Use of a folder until released, alone or `shared`; it ends when the process dies.
 
     Raises:
-        StoreLockedError: another process or writer holds it.
+        StoreLockedError: another process or writer holds it in a way that excludes this.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self._descriptor: int | None = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(
+                self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            )
         except BlockingIOError as error:
             self.release()
             raise StoreLockedError(
@@ -192,13 +194,15 @@ class FolderLock:
 Lock = FolderLock | Lease
 
 
-def lock_folder(folder: StorePath) -> Lock:
-    """Return exclusive use of a folder.
+def lock_folder(folder: StorePath, *, shared: bool = False) -> Lock:
+    """Return use of a folder, alone or together with all who ask for it `shared`.
 
     Raises:
-        StoreLockedError: another process or writer holds it.
+        StoreLockedError: another process or writer holds it in a way that excludes this.
     """
-    return FolderLock(folder) if isinstance(folder, Path) else Lease(folder)
+    if isinstance(folder, Path):
+        return FolderLock(folder, shared=shared)
+    return Lease(folder, shared=shared)
 
 
 def remove_file(path: StorePath) -> None:

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from store.errors import StoreError
 from store.spec import canonical_json, check_count
 
+OK = "ok"
+"""Status of an image that can be used; any other is the reason why it cannot."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,6 +59,16 @@ class ImageTable:
 
     def _columns(self) -> tuple[tuple[Any, ...], ...]:
         return (self.ids, self.sha256, self.heights, self.widths, self.statuses)
+
+    @classmethod
+    def of(cls, entries: Sequence[tuple[Any, ...]]) -> "ImageTable":
+        """Return the table of these entries, see `entry`."""
+        ids, sha256, heights, widths, statuses = zip(*entries, strict=True)
+        return cls(ids=ids, sha256=sha256, heights=heights, widths=widths, statuses=statuses)
+
+    def entry(self, place: int) -> tuple[Any, ...]:
+        """Return id, sha256, height, width and status of the image at this place."""
+        return tuple(column[place] for column in self._columns())
 
     def take(self, places: Sequence[int]) -> "ImageTable":
         """Return the images at these places, in their order."""
@@ -142,6 +155,10 @@ class ViewTable:
             views_per_image=self.views_per_image,
             photometric=None if self.photometric is None else self.photometric[rows],
         )
+
+    def bytes_of(self, rows: NDArray[np.bool_]) -> tuple[bytes, ...]:
+        """Return the bytes of every column at these rows."""
+        return tuple(column[rows].tobytes() for column in (self.boxes, self.flips, self.seeds))
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal of every row, in order."""

@@ -1,4 +1,4 @@
-"""Exclusive use of a folder on object storage, where no kernel can watch over a lock.
+"""Use of a folder on object storage, alone or shared, where no kernel can watch over a lock.
 
 Each writer puts an object of its own, `.lease-<token>`, and only then lists the others. Whoever
 finds another that is alive withdraws: of two writers the later one to put is sure to see the
@@ -6,7 +6,8 @@ earlier, as listings on S3 (since 2020), GCS and Azure show every finished write
 conditional writes, which fsspec does not offer on every store. Two that begin in the same moment
 may both withdraw. A lease is renewed by a thread; age is told by the server's clock alone, the
 other's last change against the own. A lease is dead when it was not renewed for `LEASE_SECONDS`,
-or at once when its process has died on this machine.
+or at once when its process has died on this machine. Shared leases, `.lease-shared-<token>`,
+suffer each other.
 """
 
 import json
@@ -27,6 +28,7 @@ from store.remote import missing_bucket_refused
 
 LEASE_SECONDS = 120.0
 _PREFIX = ".lease-"
+_SHARED = f"{_PREFIX}shared-"
 
 _logger = logging.getLogger(__name__)
 
@@ -37,16 +39,17 @@ def is_lease(path: str) -> bool:
 
 
 class Lease:
-    """Exclusive use of a remote folder until released, renewed by a thread meanwhile.
+    """Use of a remote folder until released, alone or `shared`, renewed by a thread meanwhile.
 
     Raises:
-        StoreLockedError: another writer holds it.
+        StoreLockedError: another writer holds it in a way that excludes this.
         StoreError: the file system does not tell when an object was written, or refuses writing.
     """
 
-    def __init__(self, folder: UPath) -> None:
+    def __init__(self, folder: UPath, *, shared: bool = False) -> None:
         self._folder = folder
-        self._path = folder / f"{_PREFIX}{secrets.token_hex(8)}"
+        self._shared = shared
+        self._path = folder / f"{_SHARED if shared else _PREFIX}{secrets.token_hex(8)}"
         self._over = threading.Event()
         self._lost = False
         self._put()
@@ -102,14 +105,12 @@ class Lease:
                 _logger.warning("lease not renewed: %s", error)
 
     def _refuse_others(self) -> None:
-        now = self._modified(self._path)
-        for path in self._folder.iterdir():
-            if not path.name.startswith(_PREFIX) or path.name == self._path.name:
+        for path in self._others():
+            if self._shared and path.name.startswith(_SHARED):
                 continue
             with suppress(FileNotFoundError):  # released since it was listed
-                holder = _read_holder(path)
-                age = now - self._modified(path)
-                if age < LEASE_SECONDS and not _died_here(holder):
+                holder, age = _read_holder(path), self._age(path)
+                if _is_alive(holder, age):
                     raise StoreLockedError(
                         f"another process is writing {self._folder}: process "
                         f"{holder.get('process')} on {holder.get('host')}, seen {age:.0f} s ago; "
@@ -117,6 +118,20 @@ class Lease:
                         "after the process, at once on the same machine)"
                     )
                 path.unlink(missing_ok=True)
+
+    def remove_dead(self) -> None:
+        """Remove what is left of leases on the same folder that are known to be over."""
+        for path in self._others():
+            with suppress(FileNotFoundError):
+                if not _is_alive(_read_holder(path), self._age(path)):
+                    path.unlink(missing_ok=True)
+
+    def _others(self) -> list[UPath]:
+        names = [path for path in self._folder.iterdir() if path.name.startswith(_PREFIX)]
+        return [path for path in names if path.name != self._path.name]
+
+    def _age(self, path: UPath) -> float:
+        return self._modified(self._path) - self._modified(path)
 
     def _modified(self, path: UPath) -> float:
         try:
@@ -147,6 +162,10 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
         return ""
+
+
+def _is_alive(holder: dict[str, Any], age: float) -> bool:
+    return age < LEASE_SECONDS and not _died_here(holder)
 
 
 def _died_here(holder: dict[str, Any]) -> bool:

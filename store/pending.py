@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import read_chunk, write_chunk
-from store.codecs import Codec, Codes, Values
+from store.codecs import Codec, Codes
 from store.files import remove_file
 from store.layout import ArrayLayout
-from store.pyramid import area_average
 from store.remote import StorePath, each
 from store.shard import ShardWriter
 from store.spec import Grid
@@ -23,9 +22,9 @@ Done = TypeVar("Done")
 
 
 class TargetWriter:
-    """One shard of one array: encodes rows, writes them, gathers the moments of what a reader gets.
+    """One shard of one array: writes rows of codes, gathers the moments of what a reader gets.
 
-    Row by row, so that neither codes nor sums depend on how rows were batched.
+    Row by row, so that sums do not depend on how rows were batched.
     """
 
     def __init__(
@@ -39,27 +38,22 @@ class TargetWriter:
     ) -> None:
         self.file = ShardWriter(folder, array, shard)
         self.moments = moments
-        self._codec, self._grid = codec, grid
-        self._nothing = np.zeros(array.shape[1:], array.dtype)
+        self._codec = codec
         # A fresh array per row would cost more in page faults than the sums themselves.
-        self._scratch: NDArray[np.float64] | None = None
+        self._decoded: NDArray[np.float32] | None = None
         self._product: NDArray[np.float64] | None = None
         if moments is not None and grid is not None:
-            self._scratch = np.empty((grid[0] * grid[1], len(moments.mean)))
+            self._decoded = np.empty((*grid, len(moments.mean)), np.float32)
             if moments.comoment is not None:
                 self._product = np.empty_like(moments.comoment)
 
-    def append(self, values: Values, valid: NDArray[np.bool_]) -> None:
-        """Add rows: values (n, H, W, C) of the level, or (n, C); invalid ones become zeros."""
-        for value, good in zip(values, valid, strict=True):
-            self.file.append(self._encode(value) if good else self._nothing)
-
-    def _encode(self, value: Values) -> Codes:
-        codes = self._codec.encode(value if self._grid is None else area_average(value, self._grid))
-        if self.moments is not None and self._scratch is not None:
-            decoded = self._codec.decode(codes)
-            self.moments = self.moments.merge(Moments.of(decoded, self._scratch, self._product))
-        return codes
+    def append(self, codes: Codes, valid: NDArray[np.bool_]) -> None:
+        """Add rows as they are stored (n, ...); the invalid ones, which are zeros, count nothing."""
+        for row, good in zip(codes, valid, strict=True):
+            self.file.append(row)
+            if good and self.moments is not None and self._decoded is not None:
+                self._codec.decode(row, self._decoded)
+                self.moments = self.moments.merge(Moments.of(self._decoded, self._product))
 
 
 class PendingShard:
@@ -83,7 +77,6 @@ class PendingShard:
         self.rows = layout.shard_rows(shard)
         self.next_row = self.rows.start
         self._marks: list[NDArray[np.uint8]] = []
-        self._levels = {target.name: target.level for target in layout.spec.targets}
         grids = {target.name: target.grid for target in layout.spec.targets}
         moments = empty_moments(layout)
         self._writers: dict[str, TargetWriter] = {}
@@ -101,11 +94,11 @@ class PendingShard:
         """Whether every row has arrived."""
         return self.next_row == self.rows.stop
 
-    def append(self, values: Mapping[str, Values], valid: NDArray[np.bool_]) -> None:
-        """Add the next rows: values (n, ...) by level name and `global`, `valid` (n,)."""
+    def append(self, codes: Mapping[str, Codes], valid: NDArray[np.bool_]) -> None:
+        """Add the next rows: codes (n, ...) by target name and `global`, `valid` (n,)."""
 
         def write(name: str) -> None:
-            self._writers[name].append(values[self._levels.get(name, name)], valid)
+            self._writers[name].append(codes[name], valid)
 
         _finished([self._pool.submit(write, name) for name in self._writers])
         self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))

@@ -20,11 +20,21 @@ def area_average(row: Values, grid: Grid) -> Values:
     if (height, width) == grid:
         return row
     row = np.asarray(row, np.float32)
-    rows = _weights(height, grid[0]) @ row.reshape(height, width * channels)
+    rows = area_weights(height, grid[0]) @ row.reshape(height, width * channels)
     averaged: NDArray[np.float32] = np.matmul(
-        _weights(width, grid[1]), rows.reshape(grid[0], width, channels)
+        area_weights(width, grid[1]), rows.reshape(grid[0], width, channels)
     )
     return averaged
+
+
+@lru_cache(maxsize=64)
+def area_weights(size: int, cells: int) -> NDArray[np.float32]:
+    """Return (cells, size): the share of each of `size` unit cells in each of `cells` wider ones."""
+    edges = np.arange(cells + 1) * (size / cells)
+    low = np.maximum(edges[:-1, None], np.arange(size))
+    high = np.minimum(edges[1:, None], np.arange(1, size + 1))
+    weights: NDArray[np.float32] = (np.maximum(high - low, 0) * (cells / size)).astype(np.float32)
+    return weights
 
 
 def coarser(grid: Grid, limit: Grid) -> Grid:
@@ -42,13 +52,3 @@ def _limited(level: LevelSpec, limits: Sequence[Grid | None]) -> LevelSpec:
         grid if limit is None else coarser(grid, limit) for grid in level.stored for limit in limits
     }
     return replace(level, stored=tuple(sorted(grids, reverse=True)))
-
-
-@lru_cache(maxsize=64)
-def _weights(size: int, cells: int) -> NDArray[np.float32]:
-    """Return (cells, size): the share of each of `size` unit cells in each of `cells` wider ones."""
-    edges = np.arange(cells + 1) * (size / cells)
-    low = np.maximum(edges[:-1, None], np.arange(size))
-    high = np.minimum(edges[1:, None], np.arange(1, size + 1))
-    weights: NDArray[np.float32] = (np.maximum(high - low, 0) * (cells / size)).astype(np.float32)
-    return weights

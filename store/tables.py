@@ -1,6 +1,6 @@
 """The root of a store and its tables of images and views."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,34 @@ _SHA256_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableState:
+    """Which images and views, in so many rows, a store had or a teacher was extracted for."""
+
+    images_digest: str
+    views_digest: str
+    rows: int
+
+    @classmethod
+    def from_attributes(cls, attributes: Any) -> "TableState":
+        """Return the state that JSON values describe.
+
+        Raises:
+            StoreDamagedError: they describe none.
+        """
+        values = attributes if isinstance(attributes, dict) else {}
+        return cls(
+            images_digest=str(values.get("images_digest")),
+            views_digest=str(values.get("views_digest")),
+            rows=read_count(values, "rows"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RootRecord:
-    """The attributes of the store's root; `photometric` tells whether views change colours."""
+    """The attributes of the store's root; two are equal when they are of the same tables.
+
+    `photometric` tells whether views change colours.
+    """
 
     images: int
     images_digest: str
@@ -32,6 +58,15 @@ class RootRecord:
     image_size: tuple[int, int]
     views_per_image: int
     photometric: bool = False
+    earlier: tuple[TableState, ...] = field(default=(), compare=False)
+    """States of before quarantined images were admitted, see `store.admit`."""
+
+    @property
+    def state(self) -> TableState:
+        """The images and views of now."""
+        return TableState(
+            images_digest=self.images_digest, views_digest=self.views_digest, rows=self.rows
+        )
 
     @property
     def rows(self) -> int:
@@ -40,6 +75,7 @@ class RootRecord:
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the record as plain JSON values; `photometric` is only said where it is so."""
+        earlier = {"earlier": [asdict(state) for state in self.earlier]} if self.earlier else {}
         attributes = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -48,6 +84,7 @@ class RootRecord:
             "views_digest": self.views_digest,
             "image_size": list(self.image_size),
             "views_per_image": self.views_per_image,
+            **earlier,
         }
         return {**attributes, "photometric": True} if self.photometric else attributes
 
@@ -80,6 +117,7 @@ def read_root(path: StorePath) -> RootRecord:
         image_size=(read_count(sides, "height"), read_count(sides, "width")),
         views_per_image=read_count(attributes, "views_per_image"),
         photometric="photometric" in attributes,
+        earlier=_earlier_states(attributes.get("earlier", [])),
     )
     if attributes.get("photometric", True) is not True:
         raise StoreDamagedError(
@@ -88,6 +126,12 @@ def read_root(path: StorePath) -> RootRecord:
     heights = _column("images", "height", (record.images,))
     read_chunk(path, heights, heights.files - 1)  # so many images there must be, before any loop
     return record
+
+
+def _earlier_states(listed: Any) -> tuple[TableState, ...]:
+    if not isinstance(listed, list):
+        raise StoreDamagedError(f"earlier states of a store are a list, not {listed!r:.80}")
+    return tuple(map(TableState.from_attributes, listed))
 
 
 def write_tables(folder: StorePath, images: ImageTable, views: ViewTable) -> None:

@@ -1,6 +1,6 @@
 """A teacher's folder: its own description, which shards are committed, which rows are valid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from store.errors import (
     UnfinishedStoreError,
     difference,
 )
-from store.files import remove_partials, remove_tree
+from store.files import remove_file, remove_tree
+from store.images import OK
 from store.layout import METADATA, group_document
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
@@ -34,7 +35,7 @@ from store.stored_codecs import (
     check_codec,
     read_stored_codecs,
 )
-from store.tables import RootRecord, read_images, read_root, read_views
+from store.tables import RootRecord, TableState, read_images, read_root, read_views
 from store.teacher_layout import StoredCodec, TeacherLayout, with_rows_per_shard
 
 UNWRITTEN, VALID, QUARANTINED = 0, 1, 2
@@ -67,13 +68,16 @@ class TeacherRecord:
             codecs=self.codecs,
         )
 
+    @property
+    def state(self) -> TableState:
+        """The images and views that the teacher saw."""
+        return TableState(
+            images_digest=self.images_digest, views_digest=self.views_digest, rows=self.rows
+        )
+
     def belongs_to(self, root: RootRecord) -> bool:
         """Return whether the teacher saw the images and views that the store lists now."""
-        return (self.images_digest, self.views_digest, self.rows) == (
-            root.images_digest,
-            root.views_digest,
-            root.rows,
-        )
+        return self.state == root.state
 
     def to_attributes(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
@@ -148,11 +152,14 @@ def read_record(folder: StorePath) -> TeacherRecord:
 
 
 def is_earlier(path: StorePath, record: TeacherRecord) -> bool:
-    """Return whether a teacher was begun before images were added to the store at `path`.
+    """Return whether a teacher was begun before images were added to the store, or admitted.
 
-    Then its rows are the store's first, and only those behind them are missing.
+    Then its rows are the store's first, and missing are only those behind them and the shards
+    whose quarantined images have been admitted since.
     """
     root = read_root(path)
+    if record.state in root.earlier:
+        return True
     if record.rows >= root.rows or record.rows % root.views_per_image:
         return False
     images = read_images(path).take(range(record.rows // root.views_per_image))
@@ -163,12 +170,12 @@ def is_earlier(path: StorePath, record: TeacherRecord) -> bool:
 def begin_teacher(
     folder: StorePath, asked: TeacherRecord, shard_bytes: int, calibrate: Calibrate | None
 ) -> TeacherRecord:
-    """Return the record to go on with, its metadata files in place; only the lock's holder may.
+    """Return the record to go on with, its metadata files in place; in one's turn only.
 
     A teacher that is not there yet is cut into shards of `shard_bytes` and, where its codec needs
     it, calibrated by `calibrate`. One that is earlier than the images grows: its short last shard
-    is of the wrong size and has unwritten marks from then on, so it is asked for again; whole
-    shards are not touched, and its codecs stay.
+    is of the wrong size and has unwritten marks from then on, so it is asked for again, as are
+    shards with images that were admitted; other shards are not touched, and its codecs stay.
 
     Raises:
         StoreMismatchError: the folder holds something else than asked for.
@@ -178,6 +185,8 @@ def begin_teacher(
         stored = read_record(folder)
         _refuse_other_cut(folder, stored)
         record = _continued(folder, stored, asked)
+        if record.images_digest != stored.images_digest:
+            _reopen_admitted(folder, stored.layout)
         write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         remove_tree(folder / "valid")
@@ -186,11 +195,28 @@ def begin_teacher(
         record = replace(asked, codecs=calibrate_codecs(folder, asked.spec, calibrate))
         layout = with_rows_per_shard(record.layout, shard_bytes)
         record = replace(record, rows_per_shard=layout.rows_per_shard)
-    remove_partials(folder)
     documents = record.layout.documents()
     each(folder, lambda path: write_document(folder / path, documents[path]), documents)
     write_record(folder, record)
     return record
+
+
+def _reopen_admitted(folder: StorePath, layout: TeacherLayout) -> None:
+    """Take back the mark of every shard that holds no features of an image that is ok now.
+
+    While the description is still that of before: if this is stopped, it is done again.
+    """
+    root = read_root(folder.parent)
+    statuses = read_images(folder.parent).statuses
+    usable = np.repeat([status == OK for status in statuses], root.views_per_image)
+    for shard in range(layout.shards):
+        rows = layout.shard_rows(shard)
+        try:
+            marks = read_chunk(folder, layout.valid(), shard)
+        except (FileNotFoundError, StoreDamagedError):
+            continue  # not committed
+        if np.any((marks == QUARANTINED) & usable[rows.start : rows.stop]):
+            remove_file(folder / layout.valid().file_path(shard))
 
 
 def _refuse_other_cut(folder: StorePath, record: TeacherRecord) -> None:
@@ -247,9 +273,9 @@ def refuse_unusable(folder: StorePath, record: TeacherRecord, root: RootRecord) 
     if not record.belongs_to(root):
         if is_earlier(folder.parent, record):
             raise UnfinishedStoreError(
-                f"teacher {name!r} is not finished: images were added since, it has seen "
-                f"{record.rows} of {root.rows} rows; run `sak extract-teachers {name}`, it "
-                "computes only what is missing"
+                f"teacher {name!r} is not finished: images were added since or taken out of "
+                f"quarantine, it has seen {record.rows} of {root.rows} rows; run `sak "
+                f"extract-teachers {name}`, it computes only what is missing"
             )
         raise StoreMismatchError(
             f"teacher {name!r} was extracted for other images or views than {folder.parent} "
@@ -283,11 +309,13 @@ def is_committed(folder: StorePath, layout: TeacherLayout, shard: int) -> bool:
     return all(sizes) and bool(np.all(marks != UNWRITTEN))
 
 
-def missing_shards(folder: StorePath, layout: TeacherLayout) -> list[int]:
-    """Return the shards that are not committed, in order."""
-    shards = range(layout.shards)
+def missing_shards(
+    folder: StorePath, layout: TeacherLayout, among: Sequence[int] | None = None
+) -> list[int]:
+    """Return the shards that are not committed, of all or `among` some, in order."""
+    shards = range(layout.shards) if among is None else among
     committed = each(folder, lambda shard: is_committed(folder, layout, shard), shards)
-    return [shard for shard in shards if not committed[shard]]
+    return [shard for shard, done in zip(shards, committed, strict=True) if not done]
 
 
 def read_marks(folder: StorePath, layout: TeacherLayout) -> NDArray[np.uint8]:

@@ -1,10 +1,16 @@
 """What a teacher's answer must be like before it is stored."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import FLOAT16_MAX, Values
+from store.codecs import FLOAT16_MAX, Codes, Values
 from store.errors import StoreError
+from store.teacher_layout import TeacherLayout
+
+_EXPONENTS = {"<f2": ("<u2", 0x7C00), "<f4": ("<u4", 0x7F800000)}
+"""For each float type the integer of its size, and the bits that only NaN and infinity fill."""
 
 
 def check_values(
@@ -32,6 +38,40 @@ def check_values(
             f"{highest.max():g}, the type holds {FLOAT16_MAX:g}); choose codec int8 or float32, or "
             "leave this level out"
         )
+
+
+def check_codes(
+    layout: TeacherLayout, codes: Mapping[str, Codes], valid: NDArray[np.bool_], first_row: int
+) -> None:
+    """Refuse codes that are not as the teacher's arrays want them, of rows from `first_row` on.
+
+    Raises:
+        StoreError: wrong names, shapes or types; NaN or infinity; a quarantined row that is not
+            zero.
+    """
+    arrays, name = layout.features(), layout.spec.name
+    if codes.keys() != arrays.keys():
+        raise StoreError(f"teacher {name!r} stores {', '.join(arrays)}; got {', '.join(codes)}")
+    for target, array in arrays.items():
+        found, where = codes[target], f"teacher {name!r}, {target!r}"
+        expected = (array.dtype, (len(valid), *array.shape[1:]))
+        if (found.dtype.str, found.shape) != expected:
+            raise StoreError(
+                f"{where}: expected codes {expected}, got {(found.dtype.str, found.shape)}"
+            )
+        if found[~valid].any():
+            raise StoreError(f"{where}: codes of quarantined rows must be zero")
+        if array.dtype in _EXPONENTS:
+            bad = np.array([_not_finite(row, array.dtype) for row in found])
+            if bad.any():
+                raise StoreError(f"{where}: {_rows(bad, first_row)} hold NaN or infinity")
+
+
+def _not_finite(row: Codes, dtype: str) -> bool:
+    """Tell whether a row has NaN or infinity, by its bits: float16 has no fast arithmetic."""
+    integer, exponent = _EXPONENTS[dtype]
+    bits = np.ascontiguousarray(row).view(integer)
+    return bool((bits & exponent).max() == exponent)
 
 
 def _rows(bad: NDArray[np.bool_], first_row: int) -> str:

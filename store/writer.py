@@ -1,4 +1,8 @@
-"""Writes one teacher's features: whole shards, in any order, resumable after any kind of stop."""
+"""Writes one teacher's features: whole shards, in any order, resumable after any kind of stop.
+
+Several writers may be open on one teacher, in one process or on several machines: each shard is
+written by whoever claims it (`store.locks`), and the last one to be done finishes the teacher.
+"""
 
 import dataclasses
 import logging
@@ -11,18 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import write_array
-from store.codecs import FLOAT16_MAX, FLOATS, Codec, FloatCodec, Values
+from store.codecs import FLOAT16_MAX, FLOATS, Codec, Codes, FloatCodec, Values
 from store.create import create_store
+from store.disk import refuse_full_disk
 from store.documents import write_document
-from store.errors import StoreError, UnfinishedStoreError
-from store.files import Lock, full_disk_refused, lock_folder, make_folder
+from store.encode import encode
+from store.errors import StoreError, StoreLockedError, StoreMismatchError, UnfinishedStoreError
+from store.files import Lock, full_disk_refused, lock_folder, make_folder, remove_partials
+from store.layout import ArrayLayout
+from store.locks import FileLock, lock_shard, remove_stale_locks, teacher_turn
 from store.pending import PendingShard, merge_shards
 from store.remote import StorePath, locate
 from store.spec import GLOBAL, TeacherSpec
 from store.stored_codecs import Calibrate, read_codec
 from store.tables import read_root
-from store.teacher import TeacherRecord, begin_teacher, missing_shards, write_record
-from store.values import check_values
+from store.teacher import (
+    TeacherRecord,
+    begin_teacher,
+    missing_shards,
+    read_record,
+    write_record,
+)
+from store.values import check_codes, check_values
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
 
@@ -32,10 +46,11 @@ _logger = logging.getLogger(__name__)
 
 
 class FeatureWriter:
-    """The only writer of one teacher's folder; use as a context manager, made by `open`.
+    """A writer of one teacher; use as a context manager, made by `open` or `join`.
 
     Ask `missing` for the row ranges still to do, `write` each of them, then `finish`. What is
-    committed survives anything, what is not is asked for again.
+    committed survives anything, what is not is asked for again. Beside other writers `claim` each
+    range first; `write` claims what is not, and refuses what another holds.
     """
 
     def __init__(self, folder: StorePath, record: TeacherRecord, lock: Lock) -> None:
@@ -44,7 +59,8 @@ class FeatureWriter:
         self._layout = record.layout
         self._lock = lock
         self._codecs = _codecs(folder, record)
-        self._missing = missing_shards(folder, self._layout)
+        self._missing: list[int] | None = None  # looked for when it is asked for
+        self._claims: dict[int, Lock | FileLock] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._pending: PendingShard | None = None
 
@@ -66,7 +82,8 @@ class FeatureWriter:
         and the codecs it was begun with.
 
         Raises:
-            StoreLockedError: another writer holds the teacher.
+            StoreLockedError: `gc` or `repair` is at the teacher, or another writer has begun it and
+                does not come to an end with that.
             StoreMismatchError: the teacher is there with another specification, or of other images.
             StoreError: there is no store, or no space.
         """
@@ -83,14 +100,38 @@ class FeatureWriter:
         )
         folder = path / teacher.name
         make_folder(folder)
-        lock = lock_folder(folder)
+        lock = lock_folder(folder, shared=True)
         try:
             with full_disk_refused(folder, lambda: "No features were written"):
-                record = begin_teacher(folder, asked, shard_bytes, calibrate)
-                return cls(folder, record, lock)
+                make_folder(folder / "commit")
+                with teacher_turn(folder):
+                    record = begin_teacher(folder, asked, shard_bytes, calibrate)
+                    writer = cls(folder, record, lock)
+                    if record.finished and writer.missing():
+                        writer._set_finished(False)
+                    return writer
         except BaseException:
             lock.release()
             raise
+
+    @classmethod
+    def join(cls, path: str | StorePath, teacher: TeacherSpec) -> "FeatureWriter":
+        """Write to a teacher that `open` has begun; reads its description and changes nothing.
+
+        Raises:
+            StoreLockedError: `gc` or `repair` is at the teacher.
+            StoreMismatchError: the teacher there has another specification, or other images.
+            StoreError: there is no store, or no such teacher in it.
+        """
+        path = locate(path)
+        root, folder = read_root(path), path / teacher.name
+        record = read_record(folder)
+        if record.spec != teacher or not record.belongs_to(root):
+            raise StoreMismatchError(
+                f"{folder} was begun with other settings, or other images, than this process has; "
+                "use the same parameter file, data and release of sak-distill everywhere"
+            )
+        return cls(folder, record, lock_folder(folder, shared=True))
 
     @property
     def rows(self) -> int:
@@ -98,13 +139,59 @@ class FeatureWriter:
         return self._record.rows
 
     @property
+    def images_digest(self) -> str:
+        """Digest of the store's images when the writer was opened."""
+        return self._record.images_digest
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row of all arrays as stored, without checksums."""
         return sum(array.row_bytes for array in self._layout.features().values())
 
+    @property
+    def arrays(self) -> Mapping[str, ArrayLayout]:
+        """The array of each target, and of `global`, by name."""
+        return self._layout.features()
+
+    @property
+    def codecs(self) -> Mapping[str, Codec]:
+        """How each target, and `global`, is stored, by name."""
+        return self._codecs
+
     def missing(self) -> list[range]:
-        """Return the row ranges of the shards that are not committed, in order."""
+        """Return the row ranges of the shards that nobody has committed yet, in order.
+
+        What was committed when asked before is not looked at again.
+        """
+        self._missing = missing_shards(self._folder, self._layout, self._missing)
         return [self._layout.shard_rows(shard) for shard in self._missing]
+
+    def claim(self, rows: range) -> bool:
+        """Reserve a range given by `missing` for this writer, until written or closed.
+
+        Returns False where another writer is at it, or has committed it.
+
+        Raises:
+            StoreError: the teacher was deleted, or grew, since this writer was opened.
+        """
+        shard = rows.start // self._layout.rows_per_shard
+        if shard in self._claims:
+            return True
+        try:
+            lock = lock_shard(self._folder, shard)
+        except StoreLockedError:
+            return False
+        try:
+            self._refuse_other_record()
+            wanted = bool(missing_shards(self._folder, self._layout, [shard]))
+        except BaseException:
+            lock.release()
+            raise
+        if not wanted:
+            lock.release()
+            return False
+        self._claims[shard] = lock
+        return True
 
     def write(
         self,
@@ -113,9 +200,7 @@ class FeatureWriter:
         pooled: Values | None,
         valid: NDArray[np.bool_],
     ) -> None:
-        """Write a range given by `missing`, whole or in consecutive parts.
-
-        The shard is committed with its last part; memory is one part, not one shard.
+        """Encode rows and write them, as `write_codes` does.
 
         Args:
             rows: the rows of this part, all of one shard.
@@ -128,43 +213,76 @@ class FeatureWriter:
                 exceed float16, or a full disk. The begun shard is dropped, all others are safe.
         """
         try:
-            pending = self._turn(rows)
             values = self._checked(rows, levels, pooled, valid)
+            codes = encode(self._layout, self._codecs, values, valid, self._pool)
+        except BaseException:
+            self._drop()
+            raise
+        self.write_codes(rows, codes, valid)
+
+    def write_codes(
+        self, rows: range, codes: Mapping[str, Codes], valid: NDArray[np.bool_]
+    ) -> None:
+        """Write a range given by `missing`, whole or in consecutive parts.
+
+        The shard is committed with its last part; memory is one part, not one shard.
+
+        Args:
+            rows: the rows of this part, all of one shard.
+            codes: (n, ...) as stored by `codecs`, of each target and of `global`, by name.
+            valid: (n,) False where the image is quarantined; such rows must be zeros.
+
+        Raises:
+            StoreError: rows out of turn, wrong names, shapes or types, floats that are not finite,
+                or a full disk. The begun shard is dropped, all others are safe.
+        """
+        try:
+            pending = self._turn(rows)
+            check_codes(self._layout, codes, valid, rows.start)
             with full_disk_refused(self._folder, self._state):
-                pending.append(values, valid)
+                pending.append(codes, valid)
                 if pending.full:
                     self._lock.check()
+                    self._claims[pending.shard].check()
                     pending.commit()
-                    self._missing.remove(pending.shard)
                     self._pending = None
+                    self._claims.pop(pending.shard).release()
         except BaseException:
             self._drop()
             raise
 
     def finish(self) -> None:
-        """Merge the statistics of all shards and mark the teacher as finished.
+        """Merge the statistics of all shards and mark the teacher as finished, if nobody has.
 
         Raises:
             UnfinishedStoreError: rows are missing.
-            StoreError: every row is quarantined, or the disk is full.
+            StoreError: every row is quarantined, the disk is full, or the teacher was deleted, or
+                grew, since this writer was opened.
         """
         if missing := self.missing():
             raise UnfinishedStoreError(
                 f"{sum(map(len, missing))} of {self._record.rows} rows of teacher "
                 f"{self._record.spec.name!r} are not written yet, from row {missing[0].start} on"
             )
-        if self._record.finished:
-            return
-        self._lock.check()
-        with full_disk_refused(self._folder, lambda: "Every shard is safe"):
-            self._write_statistics()
-            self._set_finished(True)
+        with teacher_turn(self._folder) as turn:
+            self._record = self._refuse_other_record()
+            remove_stale_locks(self._folder, self._lock)
+            if self._record.finished:
+                return
+            self._lock.check()
+            with full_disk_refused(self._folder, lambda: "Every shard is safe"):
+                remove_partials(self._folder)
+                self._write_statistics()
+                turn.check()
+                self._set_finished(True)
         _logger.info("finished teacher %s: %d rows", self._record.spec.name, self._record.rows)
 
     def close(self) -> None:
-        """Drop a begun shard and let other writers in; a second call does nothing."""
+        """Drop a begun shard and leave what was claimed to others; a second call does nothing."""
         self._drop()
         self._pool.shutdown()
+        while self._claims:
+            self._claims.popitem()[1].release()
         self._lock.release()
 
     def __enter__(self) -> "FeatureWriter":  # noqa: PYI034  (beartype cannot check Self here)
@@ -185,9 +303,8 @@ class FeatureWriter:
             raise StoreError(f"{rows} are no rows of this store, it has {self._record.rows}")
         shard = rows.start // layout.rows_per_shard
         if self._pending is None and rows.start == layout.shard_rows(shard).start:
-            if shard not in self._missing:
-                raise StoreError(f"{rows} are written already; ask missing() for what is not")
-            self._set_finished(False)
+            self._claim_or_refuse(rows)
+            refuse_full_disk(self._folder, self._shard_bytes(shard), self._state)
             with full_disk_refused(self._folder, self._state):
                 self._pending = PendingShard(self._folder, layout, shard, self._codecs, self._pool)
         if self._pending is None or rows.start != self._pending.next_row:
@@ -196,6 +313,32 @@ class FeatureWriter:
         if rows.stop > self._pending.rows.stop:
             raise StoreError(f"{rows} cross the end of a shard, {self._pending.rows}")
         return self._pending
+
+    def _claim_or_refuse(self, rows: range) -> None:
+        if not self.claim(rows):
+            if missing_shards(
+                self._folder, self._layout, [rows.start // self._layout.rows_per_shard]
+            ):
+                raise StoreLockedError(
+                    f"another process is writing {rows} of {self._folder}; wait until it ends, or "
+                    "stop it"
+                )
+            raise StoreError(f"{rows} are written already; ask missing() for what is not")
+
+    def _refuse_other_record(self) -> TeacherRecord:
+        """Return the teacher's description as it is now, the same but for its finished mark."""
+        record = read_record(self._folder)
+        if dataclasses.replace(record, finished=self._record.finished) != self._record:
+            raise StoreMismatchError(
+                f"{self._folder} was changed by another process (images were added, or it was "
+                "deleted and begun anew); run the same command again"
+            )
+        return record
+
+    def _shard_bytes(self, shard: int) -> int:
+        layout = self._layout
+        arrays = [*layout.features().values(), *layout.commits(), layout.valid()]
+        return sum(array.file_bytes(shard) for array in arrays)
 
     def _checked(
         self,
@@ -229,10 +372,11 @@ class FeatureWriter:
 
     def _state(self) -> str:
         features = self._layout.features().values()
-        needed = sum(array.file_bytes(shard) for array in features for shard in self._missing)
+        missing = missing_shards(self._folder, self._layout, self._missing)
+        needed = sum(array.file_bytes(shard) for array in features for shard in missing)
         return (
             f"Teacher {self._record.spec.name!r} still needs {needed / 2**20:,.1f} MiB; "
-            f"{self._layout.shards - len(self._missing)} of {self._layout.shards} shards are safe"
+            f"{self._layout.shards - len(missing)} of {self._layout.shards} shards are safe"
         )
 
     def _write_statistics(self) -> None:
@@ -258,6 +402,7 @@ class FeatureWriter:
     def _drop(self) -> None:
         if self._pending is not None:
             self._pending.discard()
+            self._claims.pop(self._pending.shard).release()
             self._pending = None
 
 

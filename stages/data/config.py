@@ -3,9 +3,33 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from stages.data.places import Url, address
 
 _Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _address(value: object) -> Path | Url:
+    if not isinstance(value, str | Path | Url) or not str(value):
+        raise ValueError("a path or a URL is wanted")
+    return address(value)
+
+
+_Address = Annotated[
+    Path | Url,
+    PlainValidator(_address),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
 
 
 class _ImageSetConfig(BaseModel):
@@ -19,18 +43,31 @@ class FolderData(_ImageSetConfig):
     """Unlabelled images below one folder."""
 
     kind: Literal["folder"]
-    root: Path = Field(strict=False)
-    """Folder that is searched for images, its subfolders included."""
+    root: _Address
+    """Folder that is searched for images, its subfolders included; or a URL such as `s3://b/x`."""
 
 
 class ManifestData(_ImageSetConfig):
-    """Unlabelled images listed in a table with a column `path` and, optionally, `id`."""
+    """Unlabelled images listed in a table with a column `path` (or URL) and, optionally, `id`."""
 
     kind: Literal["manifest"]
     path: Path = Field(strict=False)
     """CSV or Parquet file."""
-    root: Path | None = Field(default=None, strict=False)
-    """Folder that relative image paths start from; the manifest's own folder when left out."""
+    root: _Address | None = None
+    """Folder or URL that relative image paths start from; the manifest's own when left out."""
+
+
+class WebDatasetData(_ImageSetConfig):
+    """Unlabelled images in tars, as the webdataset library writes them."""
+
+    kind: Literal["webdataset"]
+    shards: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Paths or URLs of tars that are not compressed, with `*` or ranges such as `{000..099}`."""
+    index: Path = Field(strict=False)
+    """Parquet file that `sak index` makes: where in its tar each image lies."""
+    suffixes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Suffixes of the images, such as `.jpg`, where a sample has other pictures beside its image;
+    all that images have when left out."""
 
 
 class NyudData(_ImageSetConfig):
@@ -110,5 +147,5 @@ class ViewsConfig(BaseModel):
 
 
 DataConfig = Annotated[
-    FolderData | ManifestData | NyudData | ScenesData, Field(discriminator="kind")
+    FolderData | ManifestData | WebDatasetData | NyudData | ScenesData, Field(discriminator="kind")
 ]

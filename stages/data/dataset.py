@@ -7,10 +7,19 @@ from typing import Any
 
 import numpy.typing as npt
 
-from stages.data.config import DataConfig, FolderData, ManifestData, NyudData, ScenesData
+from stages.data.config import (
+    DataConfig,
+    FolderData,
+    ManifestData,
+    NyudData,
+    ScenesData,
+    WebDatasetData,
+)
 from stages.data.images import ImageError, read_size
 from stages.data.labels import LabelError, label_mistakes, read_labels
+from stages.data.places import Place
 from stages.data.sources import (
+    IMAGE_SUFFIXES,
     ImageSource,
     Layout,
     SourceError,
@@ -18,6 +27,7 @@ from stages.data.sources import (
     list_layout,
     list_manifest,
 )
+from stages.data.tars import list_tars
 from stages.data.tasks import NYUD_TASKS, Task
 from stages.data.view import DepthRule, View, replay_label, whole_image_box
 
@@ -34,13 +44,13 @@ class Dataset:
     tasks: tuple[Task, ...] = ()
     label_root: Path | None = None
     """Folder of the label layout; None for unlabelled images."""
-    _paths: Mapping[str, Path] = field(init=False, repr=False, compare=False)
+    _paths: Mapping[str, Place] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_paths", {image.id: image.path for image in self.images})
 
-    def path(self, image_id: str) -> Path:
-        """Return the file of an image.
+    def path(self, image_id: str) -> Place:
+        """Return where an image's bytes are.
 
         Raises:
             SourceError: no image has this id.
@@ -146,6 +156,9 @@ def open_dataset(config: DataConfig) -> Dataset:
             return _unlabelled(list_folder(config.root))
         case ManifestData():
             return _unlabelled(list_manifest(config.path, config.root))
+        case WebDatasetData():
+            suffixes = frozenset(config.suffixes) or IMAGE_SUFFIXES
+            return _unlabelled(list_tars(config.shards, config.index, suffixes))
         case NyudData():
             return _labelled(config.root, list_layout(config.root), NYUD_TASKS)
         case ScenesData():

@@ -15,13 +15,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from stages.data.places import Place, UnreadableError, open_file, patiently, read_bytes
 from stages.data.sources import ImageSource
 from stages.progress import Progress
-from store.images import ImageTable
+from store.images import OK, ImageTable
 
-OK = "ok"
+__all__ = [
+    "OK",
+    "ImageError",
+    "ImageFile",
+    "ImageOutOfReachError",
+    "TooManyBadImagesError",
+    "decode_image",
+    "index_images",
+    "read_image",
+    "read_size",
+    "try_images",
+]
+
 _SHOWN = 5
 _BATCH = 256  # images in flight, so that a set of millions needs no million futures
+_REMOTE_AT_ONCE = 16  # images that are fetched take longer to come than to decode
 # What Pillow's readers raise on damaged files, found by corrupting files of each format.
 _DECODE_ERRORS = (
     OSError,
@@ -58,6 +72,10 @@ class ImageError(ValueError):
         self.sha256 = sha256
 
 
+class ImageOutOfReachError(ImageError):
+    """An image could not be fetched, though it was tried again and again; it may be later."""
+
+
 class TooManyBadImagesError(ValueError):
     """More images are unreadable than the configuration allows."""
 
@@ -75,27 +93,31 @@ class ImageFile:
     sha256: str
 
 
-def read_image(path: Path) -> ImageFile:
-    """Read a file once and decode it to H x W x 3 uint8 RGB, upright according to its EXIF tag.
+def read_image(path: Place) -> ImageFile:
+    """Read an image once and decode it to H x W x 3 uint8 RGB, upright according to its EXIF tag.
 
     Transparent images are laid on white, 16-bit grey is divided by 257, of an animation the
     first frame is taken, and CMYK is converted without regard to colour profiles.
 
     Raises:
-        ImageError: the file is missing, empty, no image, damaged, of a pixel type without a
-            known range, or larger than Pillow's limit against decompression bombs.
+        ImageError: the file is missing, no regular file, empty, no image, damaged, of a pixel
+            type without a known range, or larger than Pillow's limit against decompression bombs.
+        ImageOutOfReachError: it cannot be fetched now.
     """
-    sha256 = ""
     try:
-        data = path.read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
+        data = read_bytes(path)
+    except UnreadableError as error:
+        kind = ImageOutOfReachError if error.passing else ImageError
+        raise kind(f"{path}: {error}", str(error)) from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
         return ImageFile(pixels=_decode(data), sha256=sha256)
     except _DECODE_ERRORS as error:
         reason = _reason(error)
         raise ImageError(f"{path}: {reason}", reason, sha256) from error
 
 
-def decode_image(path: Path) -> npt.NDArray[np.uint8]:
+def decode_image(path: Place) -> npt.NDArray[np.uint8]:
     """Return the pixels of `read_image`: H x W x 3 uint8 RGB.
 
     Raises:
@@ -104,14 +126,14 @@ def decode_image(path: Path) -> npt.NDArray[np.uint8]:
     return read_image(path).pixels
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Place) -> tuple[int, int]:
     """Return (height, width) in pixels as `read_image` would give it, from the header alone.
 
     Raises:
         ImageError: the header cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as file, Image.open(file) as image:
             width, height = image.size
             # of a TIFF, Pillow gives the upright size itself
             sideways = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"
@@ -121,6 +143,12 @@ def read_size(path: Path) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
+def _opened(place: Place) -> io.BufferedReader | io.BytesIO:
+    if isinstance(place, Path):
+        return patiently(lambda: open_file(place))
+    return io.BytesIO(read_bytes(place))
+
+
 def index_images(
     sources: Sequence[ImageSource], max_bad: float, progress: Progress, workers: int | None = None
 ) -> ImageTable:
@@ -128,19 +156,43 @@ def index_images(
 
     An image that cannot be decoded keeps its row, with its reason as status, 0 x 0 pixels and
     the hash of its bytes if they could be read. ceil(max_bad * images) of them are tolerated, so
-    any share above zero forgives at least one image. `workers` threads share the work.
+    any share above zero forgives at least one image; reading stops soon after there are more.
+    `workers` threads share the work.
 
     Raises:
         TooManyBadImagesError: more are unreadable than `max_bad` allows, or all of them.
     """
+    most = _limit(max_bad, len(sources))
+    rows = _read_rows(sources, most + _SHOWN, progress, workers)
+    _check_bad(sources, rows, max_bad)
+    return _table(sources, rows)
+
+
+def try_images(sources: Sequence[ImageSource], progress: Progress) -> ImageTable:
+    """Tabulate images as `index_images` does, however many of them cannot be read."""
+    return _table(sources, _read_rows(sources, len(sources), progress, None))
+
+
+def _read_rows(
+    sources: Sequence[ImageSource], most_bad: int, progress: Progress, workers: int | None
+) -> "list[_Row]":
+    """Return a row per image, in order; those up to where there are more bad ones than `most_bad`."""
     progress.start("index images", len(sources))
     rows: list[_Row] = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    bad = 0
+    with ThreadPoolExecutor(workers or _threads(sources)) as pool:
         for start in range(0, len(sources), _BATCH):
             for row in pool.map(_index_one, sources[start : start + _BATCH]):
                 rows.append(row)
                 progress.advance()
-    _check_bad(sources, rows, max_bad)
+                bad += row.status != OK
+                if bad > most_bad:
+                    pool.shutdown(cancel_futures=True)
+                    return rows
+    return rows
+
+
+def _table(sources: Sequence[ImageSource], rows: "Sequence[_Row]") -> ImageTable:
     return ImageTable(
         ids=tuple(source.id for source in sources),
         sha256=tuple(row.sha256 for row in rows),
@@ -148,6 +200,15 @@ def index_images(
         widths=tuple(row.width for row in rows),
         statuses=tuple(row.status for row in rows),
     )
+
+
+def _limit(max_bad: float, images: int) -> int:
+    return math.ceil(max_bad * images - 1e-9)  # 0.07 * 100 is a little more than 7
+
+
+def _threads(sources: Sequence[ImageSource]) -> int | None:
+    local = all(isinstance(source.path, Path) for source in sources)
+    return os.cpu_count() if local else _REMOTE_AT_ONCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,24 +231,25 @@ def _index_one(source: ImageSource) -> _Row:
 def _check_bad(sources: Sequence[ImageSource], rows: Sequence[_Row], max_bad: float) -> None:
     bad = [
         (source.path, row.status)
-        for source, row in zip(sources, rows, strict=True)
+        for source, row in zip(sources, rows, strict=False)
         if row.status != OK
     ]
-    limit = math.ceil(max_bad * len(rows) - 1e-9)  # 0.07 * 100 is a little more than 7
+    limit = _limit(max_bad, len(sources))
     if not bad or (len(bad) <= limit and len(bad) < len(rows)):
         return
+    seen = f"{len(rows)}" if len(rows) == len(sources) else f"the first {len(rows)}"
     shown = "".join(f"\n  {path}: {reason}" for path, reason in bad[:_SHOWN])
     more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     raise TooManyBadImagesError(
-        f"{len(bad)} of {len(rows)} images cannot be used, max_bad = {max_bad:g} allows {limit}"
+        f"{len(bad)} of {seen} images cannot be used, max_bad = {max_bad:g} allows {limit}"
         f"{' (and never all)' if len(bad) == len(rows) else ''}:{shown}{more}\n"
-        "Repair or remove these files, or raise max_bad."
+        "Nothing was written. Repair or remove these files, or raise max_bad (--max-bad)."
     )
 
 
 def _reason(error: BaseException) -> str:
     """Short text without addresses or paths, so that the same file always gives the same."""
-    if isinstance(error, _UnusableError):
+    if isinstance(error, _UnusableError | UnreadableError):
         return str(error)
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels"

@@ -4,9 +4,19 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 
 import pandas as pd
+
+from stages.data.places import (
+    Address,
+    Place,
+    UnreadableError,
+    Url,
+    address,
+    files_of,
+    patiently,
+)
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -21,39 +31,40 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSource:
-    """One image: the id that joins everything, and where its file is."""
+    """One image: the id that joins everything, and where its bytes are."""
 
     id: str
-    path: Path
+    path: Place
 
 
-def list_folder(root: Path) -> tuple[ImageSource, ...]:
+def list_folder(root: Address) -> tuple[ImageSource, ...]:
     """List every image file below `root`, links followed, hidden names skipped, ordered by id.
 
     The id is the path relative to `root` without its suffix, with forward slashes.
 
     Raises:
-        SourceError: no such folder, no image in it, or two files with the same id.
+        SourceError: no such folder, a link in it that leads back to itself, no image in it, or two
+            files with the same id.
     """
-    if not root.is_dir():
-        raise SourceError(f"{root} is not a folder; give the folder that holds the images")
+    names = _remote_names(root) if isinstance(root, Url) else _local_names(root)
     found = [
-        ImageSource(id=_id_of(path.relative_to(root)), path=path)
-        for path in _walk(root)
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        ImageSource(id=_id_of(name), path=root / str(name))
+        for name in names
+        if name.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not found:
         known = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"{root} holds no image; files are recognised by their suffix: {known}")
-    _check_ids(found)
+    check_ids(found)
     return tuple(sorted(found, key=lambda source: source.id))
 
 
-def list_manifest(path: Path, root: Path | None = None) -> tuple[ImageSource, ...]:
-    """List the images of a CSV or Parquet table, in the order of its rows.
+def list_manifest(path: Path, root: Address | None = None) -> tuple[ImageSource, ...]:
+    """List the images of a CSV or Parquet table of paths and URLs, in the order of its rows.
 
     Relative paths start from `root`, or else from the manifest's folder. Without a column `id`
-    the id is the path as written, without suffix. Whether a file exists shows when it is read.
+    the id is the path as written, without suffix; of a URL without protocol, password and query.
+    Whether a file exists shows when it is read.
 
     Raises:
         SourceError: the table cannot be read, is empty, lacks the column `path`, has an empty
@@ -67,12 +78,11 @@ def list_manifest(path: Path, root: Path | None = None) -> tuple[ImageSource, ..
         raise SourceError(f"{path} lists no image")
     paths = _cells(path, table, "path")
     base = path.parent if root is None else root
-    ids = _cells(path, table, "id") if "id" in table.columns else _ids_from_paths(paths, base)
-    sources = [
-        ImageSource(id=name, path=base / entry) for name, entry in zip(ids, paths, strict=True)
-    ]
+    places = [_below(base, entry) for entry in paths]
+    ids = _cells(path, table, "id") if "id" in table.columns else _ids_from(paths, places, base)
+    sources = [ImageSource(id=name, path=place) for name, place in zip(ids, places, strict=True)]
     _check_paths(path, sources)
-    _check_ids(sources)
+    check_ids(sources)
     return tuple(sources)
 
 
@@ -109,7 +119,7 @@ def list_layout(root: Path) -> Layout:
             f" (ID.png or ID.jpg): {_first(missing)}"
         )
     sources = [ImageSource(id=name, path=path) for name in ids for path in candidates[name]]
-    _check_ids(sources)
+    check_ids(sources)
     return Layout(sources=tuple(sources), splits=splits)
 
 
@@ -119,19 +129,57 @@ def _walk(root: Path) -> Iterable[Path]:
 
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in subfolders:
+            _refuse_loop(Path(folder, name))
         yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _refuse_loop(folder: Path) -> None:
+    if folder.is_symlink() and folder.parent.resolve().is_relative_to(target := folder.resolve()):
+        raise SourceError(f"{folder} is a link back to {target}, without end; remove the link")
+
+
+def _local_names(root: Path) -> Iterable[PurePath]:
+    if not root.is_dir():
+        raise SourceError(f"{root} is not a folder; give the folder that holds the images")
+    return (path.relative_to(root) for path in _walk(root))
+
+
+def _remote_names(root: Url) -> list[PurePath]:
+    def look() -> list[PurePath]:
+        files, top = files_of(root)
+        files.invalidate_cache()
+        names = [PurePosixPath(name) for name in files.find(top)]
+        return [name.relative_to(top) for name in names]
+
+    if root.address.startswith("http"):
+        raise SourceError(f"{root} cannot be listed as a folder; name the images in a manifest")
+    try:
+        names = patiently(look)
+    except UnreadableError as error:
+        raise SourceError(f"{root} cannot be listed: {error}") from error
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
 
 
 def _id_of(relative: PurePath) -> str:
     return relative.with_suffix("").as_posix()
 
 
-def _ids_from_paths(paths: list[str], base: Path) -> list[str]:
-    entries = map(Path, paths)
-    return [
-        _id_of(entry.relative_to(base) if entry.is_relative_to(base) else entry)
-        for entry in entries
-    ]
+def _below(base: Address, entry: str) -> Address:
+    return address(entry) if "://" in entry else base / entry
+
+
+def _ids_from(paths: list[str], places: list[Address], base: Address) -> list[str]:
+    return [_id_from(path, place, base) for path, place in zip(paths, places, strict=True)]
+
+
+def _id_from(path: str, place: Address, base: Address) -> str:
+    if isinstance(place, Url):
+        name = str(place).removeprefix(f"{base}/")
+        return _id_of(PurePosixPath(name.rpartition("://")[2]))
+    entry = Path(path)
+    inside = isinstance(base, Path) and entry.is_relative_to(base)
+    return _id_of(entry.relative_to(str(base)) if inside else entry)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -160,15 +208,20 @@ def _cells(path: Path, table: pd.DataFrame, column: str) -> list[str]:
 
 
 def _check_paths(manifest: Path, sources: Iterable[ImageSource]) -> None:
-    seen: set[Path] = set()
+    seen: set[Place] = set()
     for source in sources:
         if source.path in seen:
             raise SourceError(f"{manifest} lists {source.path} twice")
         seen.add(source.path)
 
 
-def _check_ids(sources: Iterable[ImageSource]) -> None:
-    seen: dict[str, Path] = {}
+def check_ids(sources: Iterable[ImageSource]) -> None:
+    """Refuse two images with one id, and an id that is no valid text.
+
+    Raises:
+        SourceError: naming them.
+    """
+    seen: dict[str, Place] = {}
     for source in sources:
         if source.id in seen:
             raise SourceError(

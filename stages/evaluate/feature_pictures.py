@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from stages.data.dataset import Dataset
 from stages.data.images import read_image
+from stages.data.places import Place
 from stages.data.view import Box, view_image
 from store.errors import StoreError
 from store.files import write_file
@@ -170,7 +171,7 @@ def load_views(store: FeatureStore, dataset: Dataset, ids: Sequence[str]) -> dic
     return {name: _load_view(store, dataset.path(name), name) for name in ids if name in listed}
 
 
-def _load_view(store: FeatureStore, path: Path, image_id: str) -> View:
+def _load_view(store: FeatureStore, path: Place, image_id: str) -> View:
     row = store.row(image_id)
     file = read_image(path)
     if file.sha256 != store.images.sha256[row // store.views.views_per_image]:

@@ -27,8 +27,10 @@ class TeacherConfig(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-    source: Annotated[str, Field(pattern=r"^(timm|open_clip):[^\s/]+(/[^\s/]+)?$")]
-    """`timm:<model>[.tag]`, or `open_clip:<model>/<tag>` (the tag may go when `checkpoint` is set)."""
+    source: Annotated[str, Field(pattern=r"^(timm|open_clip|custom):[^\s/]+(/[^\s/]+)?$")]
+    """`timm:<model>[.tag]`, or `open_clip:<model>/<tag>` (the tag may go when `checkpoint` is set),
+    or a class of your own: `custom:<name>`, an entry point of the group `sak.teachers`, or
+    `custom:<module>:<Class>`; `stages.extract.custom.CustomTeacher` says what it must be."""
 
     checkpoint: Literal["random"] | Annotated[Path, Field(strict=False)] | None = None
     """Local weights: safetensors, or any file that torch.load(weights_only=True) reads. Without it

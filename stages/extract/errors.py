@@ -27,3 +27,11 @@ class ImageChangedError(ExtractionError):
 
 class NonFiniteFeaturesError(ExtractionError):
     """A teacher answered with values that are not finite, or too large for the store."""
+
+
+class BatchTooLargeError(ExtractionError):
+    """Not even one image at a time fits into memory."""
+
+
+class WorkersLostError(ExtractionError):
+    """Workers died over the same unit again and again, or the scheduler is gone."""

@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from stages.extract.comparison import (
     row_errors,
 )
 from stages.extract.config import ExtractConfig, TeacherConfig
-from stages.extract.errors import ExtractionError, ImageChangedError
+from stages.extract.encode import refuse_unstorable
+from stages.extract.errors import ImageChangedError, NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
-from stages.extract.run import answer, open_rows
+from stages.extract.run import open_rows
 from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import Progress
 from store.errors import difference
@@ -195,13 +197,16 @@ def _recompute(
             mend = "put the old image back, or index the images anew into another store"
             image = reader.image_id(row)
             found.add("suspect", "live", str(result), mend, teacher=name, row=row, image=image)
+    if not inputs:
+        return [], {}
+    features = teacher(torch.stack(list(inputs.values())))
     try:
-        levels, pooled, _ = answer(teacher, reader, list(inputs), iter(inputs.values()))
-    except ExtractionError as error:
+        refuse_unstorable(features, teacher.spec, [reader.image_id(row) for row in inputs])
+    except NonFiniteFeaturesError as error:
         mend = "check the teacher's weights and precision"
         found.add("suspect", "live", str(error), mend, teacher=name)
         return [], {}
-    return list(inputs), levels if pooled is None else {**levels, GLOBAL: pooled}
+    return list(inputs), {key: one.cpu().numpy() for key, one in features.outputs().items()}
 
 
 def _note(one: LevelComparison, reader: RowReader, found: Verification) -> None:

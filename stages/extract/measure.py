@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.extract.calibrate import batches, is_held_out
+from stages.extract.encode import refuse_unstorable
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.measure_codecs import CodecCost, EncodingSample, measure_codec
 from stages.extract.reading import RowReader, read_ahead
-from stages.extract.run import refuse_non_finite
 from stages.extract.teachers import Features
 from stages.progress import Progress
 from store.calibration import Calibration
@@ -138,7 +138,7 @@ def _forward(
         levels = {name: values.cpu().numpy() for name, values in features.levels.items()}
         seconds += time.perf_counter() - started
         ids = [f"number {position + index} of the sample" for index in range(len(batch))]
-        refuse_non_finite(features, rows.teacher.spec.name, ids)
+        refuse_unstorable(features, rows.teacher.spec, ids)
         gathered.add(levels, features, position)
         position += len(batch)
         progress.advance(len(batch), "forward")

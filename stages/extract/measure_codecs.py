@@ -10,8 +10,11 @@ from os import cpu_count
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from stages.extract.encode import Encoder
+from stages.extract.teachers import Features
 from store.calibration import Calibration, FittedTarget
 from store.codecs import FLOATS, Codec, FloatCodec
 from store.disk import existing_parent
@@ -84,9 +87,8 @@ def _encode_seconds(
     """Write the rows twice into a shard that is thrown away, and time the second time."""
     codecs: dict[str, Codec] = {name: one.codec for name, one in fitted.items()}
     codecs[GLOBAL] = FloatCodec(dtype=FLOATS.get(layout.spec.codec, "<f2"))
-    values = dict(sample.levels)
-    if sample.pooled is not None:
-        values[GLOBAL] = sample.pooled
+    levels = {name: torch.from_numpy(values) for name, values in sample.levels.items()}
+    pooled = None if sample.pooled is None else torch.from_numpy(sample.pooled)
     valid = np.ones(sample.rows, np.bool_)
     parent = existing_parent(scratch) if isinstance(scratch, Path) else None
     folder = Path(tempfile.mkdtemp(prefix=".sak-plan-", dir=parent))
@@ -95,9 +97,11 @@ def _encode_seconds(
             (folder / array.path).mkdir(parents=True)
         with ThreadPoolExecutor(cpu_count()) as pool:
             shard = PendingShard(folder, layout, 0, codecs, pool)
-            shard.append(values, valid)
+            encoder = Encoder(layout.spec, layout.features(), codecs)
+            features = Features(levels=levels, pooled=pooled)
+            shard.append(encoder(features, valid), valid)
             started = time.perf_counter()
-            shard.append(values, valid)
+            shard.append(encoder(features, valid), valid)
             seconds = time.perf_counter() - started
             shard.discard()
     finally:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
-from torch.nn import functional
 
 from stages.data.view import Box, Resample, view_image, whole_image_box
 from stages.extract.geometry import InputFrame
@@ -17,7 +16,10 @@ _PROBE_SIZE = (61, 83)  # rows, columns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """Resize without cropping, scale to 0..1, subtract `mean`, divide by `std`, pad with zeros."""
+    """Resize without cropping, scale to 0..1, subtract `mean`, divide by `std`, pad with zeros.
+
+    Letters: `h w` pixels of the frame's content, `H W` pixels of the whole frame.
+    """
 
     frame: InputFrame
     mean: tuple[float, float, float]
@@ -26,19 +28,27 @@ class Preprocessing:
 
     def __call__(
         self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> Float32[Tensor, "3 H W"]:
-        """Return the teacher's input for the part `box` of an RGB image.
+    ) -> UInt8[Tensor, "h w 3"]:
+        """Return the pixels that fill the frame's content: the part `box` of an RGB image."""
+        pixels = view_image(image, box, self.frame.content, self.interpolation)
+        return torch.from_numpy(pixels.copy())  # a copy: Pillow's pixels are read-only
+
+    def normalise(self, images: UInt8[Tensor, "B h w 3"]) -> Float32[Tensor, "B 3 H W"]:
+        """Return the network's input, computed on the device that the pixels are on.
 
         Padding is zero after normalisation, that is the teacher's mean colour, as SAM does it.
+        Bytes cross to the device, a quarter of what float32 would take.
         """
-        pixels = view_image(image, box, self.frame.content, self.interpolation)
-        # a copy: Pillow's pixels are read-only, which torch warns about
-        scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        (height, width), (content_height, content_width) = self.frame.size, self.frame.content
-        return functional.pad(
-            (scaled - mean) / std, (0, width - content_width, 0, height - content_height)
+        device, (height, width) = images.device, self.frame.content
+        result = torch.zeros((len(images), 3, *self.frame.size), device=device)
+        content = result[:, :, :height, :width].copy_(images.permute(0, 3, 1, 2))
+        # Tensors on the device: CUDA divides by a number of Python's as by its rounded reciprocal.
+        largest, mean, std = (
+            torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in ((255.0,), self.mean, self.std)
         )
+        content.div_(largest).sub_(mean).div_(std)
+        return result
 
 
 def probe_image() -> UInt8[np.ndarray, "61 83 3"]:
@@ -60,7 +70,7 @@ def probe_digest(preprocessing: Preprocessing, view: tuple[int, int]) -> str:
     It changes with whatever changes the result (a library's resize, a mean, our own code), and so
     catches what a list of settings would miss.
     """
-    result = preprocessing(probe_image(), probe_box(view))
+    result = preprocessing.normalise(preprocessing(probe_image(), probe_box(view))[None])[0]
     rounded = np.round(result.numpy().astype(np.float64), 4) + 0.0  # no negative zeros
     head = repr(rounded.shape).encode()
     return hashlib.sha256(head + rounded.astype("<f4").tobytes()).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from stages.data.view import Resample
 from stages.extract.config import TeacherConfig
+from stages.extract.custom import CustomSource
 from stages.extract.errors import TeacherError
 from stages.extract.geometry import plan_input
 from stages.extract.network import NetworkSource, Outline
@@ -32,6 +33,8 @@ def foreseen_provenance(config: TeacherConfig, image_size: tuple[int, int]) -> d
     foreseen = known_provenance(
         config, choose_preprocessing(config, outline, image_size), image_size
     )
+    if "custom_code" in outline.facts:
+        foreseen["custom_code"] = outline.facts["custom_code"]
     known: dict[str, Any] = json.loads(canonical_json(foreseen))
     return known
 
@@ -74,6 +77,8 @@ def network_source(config: TeacherConfig) -> NetworkSource:
     library, _, name = config.source.partition(":")
     if library == "timm":
         return TimmSource(name=name, checkpoint=config.checkpoint, model_args=config.model_args)
+    if library == "custom":
+        return CustomSource(name=name, checkpoint=config.checkpoint, model_args=config.model_args)
     model, _, tag = name.partition("/")
     return OpenClipSource(
         name=model, tag=tag, checkpoint=config.checkpoint, model_args=config.model_args

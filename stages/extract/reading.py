@@ -4,17 +4,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.data.images import OK, ImageError, read_image
+from stages.data.images import OK, ImageError, ImageOutOfReachError, read_image
+from stages.data.places import Place
 from stages.data.view import cut_view, whole
 from stages.data.views import row_view
-from stages.extract.errors import ImageChangedError
+from stages.extract.errors import ExtractionError, ImageChangedError
 from stages.extract.teachers import Teacher
 from store.images import ImageTable, ViewTable
 
@@ -50,7 +50,7 @@ class RowReader:
     teacher: Teacher
     images: ImageTable
     views: ViewTable
-    paths: Mapping[str, Path]
+    paths: Mapping[str, Place]
 
     def image_id(self, row: int) -> str:
         """Return the id of the image that a row is a view of."""
@@ -61,7 +61,7 @@ class RowReader:
         return self.images.statuses[row // self.views.views_per_image] == OK
 
     def load(self, row: int) -> Tensor:
-        """Return the input (3, H, W) of a row.
+        """Return the input of a row, as its teacher prepares it.
 
         Raises:
             ImageChangedError: the file is gone or is not the one that was indexed.
@@ -74,11 +74,17 @@ class RowReader:
 
         Raises:
             ImageChangedError: the file is gone or is not the one that was indexed.
+            ExtractionError: it cannot be fetched now.
         """
         name = self.image_id(row)
         expected = self.images.sha256[row // self.views.views_per_image]
         try:
             image = read_image(self.paths[name])
+        except ImageOutOfReachError as error:
+            raise ExtractionError(
+                f"image {name!r} could not be fetched, tried again and again: {error}. Every "
+                "finished shard is safe; run the same command again when its source answers"
+            ) from error
         except ImageError as error:
             raise self._changed(name, str(error)) from error
         if image.sha256 != expected:

@@ -5,10 +5,10 @@ Letters: `B` batch, `C` channels, `h w` cells of a level's grid.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile, tee
 
 import numpy as np
 import torch
@@ -18,20 +18,24 @@ from torch import Tensor
 from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.encode import Encoder, refuse_unstorable
 from stages.extract.equivariance import keep_equivariance
-from stages.extract.errors import ExtractionError, NonFiniteFeaturesError
+from stages.extract.errors import ExtractionError
+from stages.extract.portions import Portions
 from stages.extract.reading import RowReader, read_ahead
+from stages.extract.sharing import write_missing
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
 from stages.progress import Progress
+from stages.stopping import Stop
 from store.calibration import FittedTarget
+from store.locks import teacher_turn
 from store.reader import FeatureStore
 from store.remote import StorePath, locate
+from store.spec import TeacherSpec
 from store.writer import FeatureWriter
 
 _BATCHES_AHEAD = 2
 _SHOWN = 5
-
-_Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,7 @@ class ExtractSummary:
     """What a run did; images, bytes and seconds are this run's, without what was there before.
 
     `images` went through the teacher in `seconds`, loading it not counted; `quarantined` rows have
-    no features; `already_there` are rows of shards committed before; `bytes_written` are features
+    no features; `already_there` are rows of shards that others committed, before or meanwhile; `bytes_written` are features
     as stored, without checksums.
     """
 
@@ -61,6 +65,7 @@ def extract(
     teacher_config: TeacherConfig,
     extract_config: ExtractConfig,
     progress: Progress,
+    stop: Stop | None = None,
 ) -> ExtractSummary:
     """Load a teacher and extract it, as `extract_teacher` does.
 
@@ -68,21 +73,12 @@ def extract(
         TeacherError: the teacher cannot be built.
         ExtractionError: see `extract_teacher`.
         StoreError: likewise.
+        Terminated: `stop` was asked for; the shard that was begun is committed.
     """
     device = choose_device(extract_config.device)
     teacher = load_teacher(name, teacher_config, image_size, device)
-    return extract_teacher(
-        store_path,
-        images,
-        image_size,
-        teacher,
-        extract_config.batch_size,
-        extract_config.shard_megabytes * 2**20,
-        progress,
-        covariance=extract_config.covariance,
-        calibration_images=extract_config.calibration_images,
-        equivariance_images=extract_config.equivariance_images,
-    )
+    extraction = open_extraction(store_path, images, image_size, teacher, extract_config)
+    return extraction.run(progress, stop or Stop())
 
 
 def extract_teacher(
@@ -97,63 +93,151 @@ def extract_teacher(
     covariance: bool = False,
     calibration_images: int = 320,
     equivariance_images: int = 0,
+    stop: Stop | None = None,
 ) -> ExtractSummary:
     """Write a teacher's features of every image that the store lists, then mark them finished.
 
     The store was made by `create_store`; `images` says where its files are. Only shards that are
-    not committed are computed. Batches start where shards start, so that the same batches are
-    formed, and the same bits come out, whoever resumes. Where the codec has to be fitted, the
-    teacher first sees `calibration_images` of the images for that. `covariance` gathers that of
-    each level's channels too. Before the first row is written, `equivariance_images` of the images
-    show how far the levels follow flips, crops and scale.
+    not committed are computed, and those that no other process is at. Batches start where shards
+    start, so that the same batches are formed, and the same bits come out, whoever resumes. Where
+    the codec has to be fitted, the teacher first sees `calibration_images` of the images for that.
+    `covariance` gathers that of each level's channels too. Before the first row is written,
+    `equivariance_images` of the images show how far the levels follow flips, crops and scale.
 
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
         StoreError: no store, or this teacher is in it otherwise, or it cannot be written.
         ImageChangedError: an image is not the file that was indexed.
         NonFiniteFeaturesError: the teacher answered with NaN or infinity.
+        BatchTooLargeError: not even one image fits into memory.
+        Terminated: `stop` was asked for; the shard that was begun is committed.
     """
-    rows = open_rows(store_path, images, image_size, teacher)
-    threads = os.cpu_count() or 1
-
-    def calibrate() -> Mapping[str, FittedTarget]:
-        chosen = choose_rows(rows, calibration_images)
-        gathered = gather(rows, chosen, batch_size, threads, progress)
-        return gathered.fit(teacher.spec.codec)
-
-    with FeatureWriter.open(
-        store_path,
-        teacher.spec,
-        shard_bytes,
+    extraction = Extraction(
+        store_path=store_path,
+        rows=open_rows(store_path, images, image_size, Portions(teacher)),
+        batch_size=batch_size,
+        shard_bytes=shard_bytes,
         covariance=covariance,
-        calibrate=calibrate,
-    ) as writer:
-        if writer.rows != len(rows.views):
-            raise ExtractionError(f"images were added to {store_path} just now; run this again")
-        missing = writer.missing()
-        if missing and equivariance_images:
-            keep_equivariance(locate(store_path), rows, equivariance_images, progress)
-        asked = [row for shard in missing for row in shard]
-        good = [row for row in asked if rows.is_ok(row)]
-        progress.start(f"extract {teacher.spec.name}", len(asked))
-        started = time.perf_counter()
-        ahead = _BATCHES_AHEAD * batch_size
-        with closing(read_ahead(rows.load, good, threads, ahead)) as inputs:
-            for batch in _batches(missing, batch_size):
-                writer.write(batch, *answer(teacher, rows, batch, inputs))
-                progress.advance(len(batch))
-        writer.finish()
-        seconds = time.perf_counter() - started
-    return ExtractSummary(
-        teacher=teacher.spec.name,
-        images=len(good),
-        quarantined=len(asked) - len(good),
-        already_there=len(rows.views) - len(asked),
-        seconds=seconds,
-        images_per_second=len(good) / seconds,
-        bytes_written=len(asked) * writer.row_bytes,
-        shards_written=len(missing),
+        calibration_images=calibration_images,
+        equivariance_images=equivariance_images,
     )
+    return extraction.run(progress, stop or Stop())
+
+
+def open_extraction(
+    store_path: str | StorePath,
+    images: Sequence[ImageSource],
+    image_size: tuple[int, int],
+    teacher: Teacher,
+    settings: ExtractConfig,
+) -> "Extraction":
+    """Return the extraction of a teacher as the parameter file asks for it.
+
+    Raises:
+        ExtractionError: the store lists other images or views than the data set has.
+    """
+    return Extraction(
+        store_path=store_path,
+        rows=open_rows(store_path, images, image_size, Portions(teacher)),
+        batch_size=settings.batch_size,
+        shard_bytes=settings.shard_megabytes * 2**20,
+        covariance=settings.covariance,
+        calibration_images=settings.calibration_images,
+        equivariance_images=settings.equivariance_images,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extraction:
+    """A teacher with the rows it has to see, for one process to run or for several to share."""
+
+    store_path: str | StorePath
+    rows: RowReader
+    batch_size: int
+    shard_bytes: int
+    covariance: bool
+    calibration_images: int
+    equivariance_images: int
+
+    @property
+    def spec(self) -> TeacherSpec:
+        """What the teacher gives."""
+        return self.rows.teacher.spec
+
+    def images_in(self, rows: Iterable[int]) -> int:
+        """Return how many of these rows are of readable images."""
+        return sum(self.rows.is_ok(row) for row in rows)
+
+    def begin(self, progress: Progress) -> FeatureWriter:
+        """Begin or resume the teacher in the store, its codecs fitted where needed."""
+
+        def calibrate() -> Mapping[str, FittedTarget]:
+            chosen = choose_rows(self.rows, self.calibration_images)
+            gathered = gather(self.rows, chosen, self.batch_size, _threads(), progress)
+            return gathered.fit(self.spec.codec)
+
+        writer = FeatureWriter.open(
+            self.store_path,
+            self.spec,
+            self.shard_bytes,
+            covariance=self.covariance,
+            calibrate=calibrate,
+        )
+        try:
+            self._prepare(writer, progress)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    def _prepare(self, writer: FeatureWriter, progress: Progress) -> None:
+        path = locate(self.store_path)
+        if writer.images_digest != self.rows.images.digest():
+            raise ExtractionError(f"the images of {path} changed just now; run this again")
+        if self.equivariance_images and writer.missing():
+            with teacher_turn(path / self.spec.name):
+                keep_equivariance(path, self.rows, self.equivariance_images, progress)
+
+    def write(
+        self, writer: FeatureWriter, shards: Iterator[range], progress: Progress, stop: Stop
+    ) -> None:
+        """Compute and commit shards, in this order; once asked to stop, begin no further one.
+
+        `shards` are drawn while the one before is still computed, so that images are read ahead.
+        """
+        shards, coming = tee(shards)
+        good = (row for shard in coming for row in shard if self.rows.is_ok(row))
+        ahead = _BATCHES_AHEAD * self.batch_size
+        encoder = Encoder(self.spec, writer.arrays, writer.codecs)
+        with closing(read_ahead(self.rows.load, good, _threads(), ahead)) as inputs:
+            for shard in takewhile(lambda _: not stop.requested, shards):
+                for batch in _batches(shard, self.batch_size):
+                    features, valid = answer(self.rows.teacher, self.rows, batch, inputs)
+                    writer.write_codes(batch, encoder(features, valid), valid)
+                    progress.advance(len(batch))
+
+    def run(self, progress: Progress, stop: Stop) -> ExtractSummary:
+        """Write what is missing, together with whoever else is at it, and finish the teacher."""
+        with self.begin(progress) as writer:
+            missing = writer.missing()
+            progress.start(f"extract {self.spec.name}", sum(map(len, missing)))
+            started = time.perf_counter()
+            done = write_missing(
+                writer, lambda shards: self.write(writer, shards, progress, stop), progress, stop
+            )
+            writer.finish()
+            seconds = time.perf_counter() - started
+        asked, images = sum(map(len, done)), sum(map(self.images_in, done))
+        return ExtractSummary(
+            teacher=self.spec.name,
+            images=images,
+            quarantined=asked - images,
+            already_there=len(self.rows.views) - asked,
+            seconds=seconds,
+            images_per_second=images / seconds,
+            bytes_written=asked * writer.row_bytes,
+            shards_written=len(done),
+        )
 
 
 def open_rows(
@@ -184,42 +268,27 @@ def open_rows(
     return RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)
 
 
-def _batches(shards: Sequence[range], batch_size: int) -> Iterator[range]:
-    for shard in shards:
-        for start in range(shard.start, shard.stop, batch_size):
-            yield range(start, min(start + batch_size, shard.stop))
+def _threads() -> int:
+    return os.cpu_count() or 1
+
+
+def _batches(shard: range, batch_size: int) -> Iterator[range]:
+    for start in range(shard.start, shard.stop, batch_size):
+        yield range(start, min(start + batch_size, shard.stop))
 
 
 def answer(
     teacher: Teacher, rows: RowReader, batch: Sequence[int], inputs: Iterator[Tensor]
-) -> tuple[dict[str, _Array], _Array | None, NDArray[np.bool_]]:
-    """Return levels (n, h, w, C), pooled (n, C) and validity (n,) of a batch, zeros if invalid."""
+) -> tuple[Features | None, NDArray[np.bool_]]:
+    """Return what a teacher says of the valid rows of a batch, None if there are none, and which.
+
+    Raises:
+        NonFiniteFeaturesError: the teacher answered with what cannot be stored.
+    """
     good = [row for row in batch if rows.is_ok(row)]
     valid = np.array([rows.is_ok(row) for row in batch])
-    spec = teacher.spec
-    shapes = {level.name: (*level.grid, level.channels) for level in spec.levels}
-    levels = {name: np.zeros((len(batch), *shape), np.float32) for name, shape in shapes.items()}
-    pooled = None
-    if spec.global_channels is not None:
-        pooled = np.zeros((len(batch), spec.global_channels), np.float32)
-    if good:
-        features = teacher(torch.stack(list(islice(inputs, len(good)))))
-        refuse_non_finite(features, spec.name, [rows.image_id(row) for row in good])
-        for name, values in features.levels.items():
-            levels[name][valid] = values.cpu().numpy()
-        if pooled is not None and features.pooled is not None:
-            pooled[valid] = features.pooled.cpu().numpy()
-    return levels, pooled, valid
-
-
-def refuse_non_finite(features: Features, teacher: str, image_ids: Sequence[str]) -> None:
-    """Raise NonFiniteFeaturesError, naming images and level, where a value is no number."""
-    for level, values in features.levels.items():
-        finite = torch.isfinite(values).flatten(1).all(1).tolist()
-        bad = [name for name, fine in zip(image_ids, finite, strict=True) if not fine]
-        if bad:
-            more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            raise NonFiniteFeaturesError(
-                f"teacher {teacher!r}, {level}: NaN or infinity for {', '.join(bad[:_SHOWN])}"
-                f"{more}. fp16 overflows where bf16 and fp32 do not; else check the weights."
-            )
+    if not good:
+        return None, valid
+    features = teacher(torch.stack(list(islice(inputs, len(good)))))
+    refuse_unstorable(features, teacher.spec, [rows.image_id(row) for row in good])
+    return features, valid

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from stages.data.view import Box
@@ -22,7 +22,7 @@ from stages.extract.levels import choose_taps, level_names
 from stages.extract.network import Network
 from stages.extract.preprocess import Preprocessing, probe_box, probe_image
 from stages.extract.provenance import choose_preprocessing, known_provenance, network_source
-from store.spec import LevelSpec, TeacherSpec
+from store.spec import GLOBAL, LevelSpec, TeacherSpec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +38,10 @@ class Features:
     levels: Mapping[str, Tensor]
     pooled: Tensor | None
 
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the levels, and the pooled output as `global` where there is one."""
+        return {**self.levels, **({} if self.pooled is None else {GLOBAL: self.pooled})}
+
 
 @runtime_checkable
 class Teacher(Protocol):
@@ -48,14 +52,16 @@ class Teacher(Protocol):
         """Name, levels and provenance, as they go into the store."""
         ...
 
-    def preprocess(
-        self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> Float32[Tensor, "3 H W"]:
-        """Return the input for the part `box` of an RGB image; runs in reading threads."""
+    def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
+        """Return the input for the part `box` of an RGB image; runs in reading threads.
+
+        Of one shape and dtype for all images, best uint8: what can be done on the device belongs
+        into `__call__`.
+        """
         ...
 
-    def __call__(self, images: Float32[Tensor, "B 3 H W"]) -> Features:
-        """Return the levels of a batch of preprocessed images, given on any device."""
+    def __call__(self, images: Shaped[Tensor, "B ..."]) -> Features:
+        """Return the levels of a stack of preprocessed images, given on any device."""
         ...
 
 
@@ -80,15 +86,16 @@ class NetworkTeacher:
 
     def preprocess(
         self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> Float32[Tensor, "3 H W"]:
-        """Return the network's input for the part `box` of an RGB image."""
+    ) -> UInt8[Tensor, "h w 3"]:
+        """Return the pixels of the part `box` of an RGB image at the network's input size."""
         return self._preprocessing(image, box)
 
     @torch.inference_mode()
-    def __call__(self, images: Float32[Tensor, "B 3 H W"]) -> Features:
+    def __call__(self, images: UInt8[Tensor, "B h w 3"]) -> Features:
         """Return the levels of a batch, the cells over padding cut off."""
+        inputs = self._preprocessing.normalise(images.to(self._device, non_blocking=True))
         with self._autocast():
-            maps, pooled = self._network.tap(images.to(self._device))
+            maps, pooled = self._network.tap(inputs)
         frame = self._preprocessing.frame
         return Features(
             levels={
@@ -124,13 +131,16 @@ def load_teacher(
         network = source.load(frame.size, taps)
         weights_digest = state_digest(network.module.state_dict())
         teacher = NetworkTeacher(network, names, preprocessing, config.precision, device)
-        features = teacher(teacher.preprocess(probe_image(), probe_box(image_size))[None])
+        pixels = teacher.preprocess(probe_image(), probe_box(image_size))
+        features = teacher(pixels[None])
     except (RuntimeError, AssertionError) as error:  # how the libraries refuse a size
         height, width = frame.size
         raise TeacherError(
             f"{config.source} cannot be built or run for inputs of {height} x {width} pixels: "
             f"{str(error) or type(error).__name__}; try another `input_size:`"
         ) from error
+    for (level, grid), tap in zip(features.levels.items(), taps, strict=True):
+        _check_grid(config.source, level, grid, frame, outline.reductions[tap])
     teacher.spec = TeacherSpec(
         name=name,
         levels=tuple(
@@ -179,6 +189,18 @@ def _on_view(grid: Tensor, frame: InputFrame) -> Tensor:
     """B C h w -> B h w C, without the cells that lie on padding."""
     rows, columns = frame.cells((grid.shape[2], grid.shape[3]))
     return grid[:, :, :rows, :columns].permute(0, 2, 3, 1).float()
+
+
+def _check_grid(source: str, level: str, grid: Tensor, frame: InputFrame, reduction: int) -> None:
+    """Refuse a grid (1, h, w, C) that does not cover the image, cell by cell of `reduction`."""
+    expected = tuple(side // reduction for side in frame.content)
+    found = tuple(grid.shape[1:3])
+    if found != expected:
+        raise TeacherError(
+            f"{source}: {level} answers with {found[0]} x {found[1]} cells, one per {reduction} "
+            f"pixels of the image would be {expected[0]} x {expected[1]}. Such a network drops or "
+            "adds a border, and its cells do not lie on the image; use another, or other `levels:`"
+        )
 
 
 def _level(

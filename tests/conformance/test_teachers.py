@@ -1,4 +1,4 @@
-"""What every teacher must do, run on one small random member of each family.
+"""What every teacher must do, run on one small random member of each family; where: test_markers.
 
 A new family joins by a class with a `config`; sizes are kept tiny so that all of it takes seconds.
 """
@@ -62,8 +62,6 @@ class TeacherTests:
     """What the family's levels are called."""
     pooled = False
     """Whether the family has a class token."""
-    local_levels: int | None = None
-    """How many levels, from the first, answer locally with random weights; None is all."""
 
     @pytest.fixture(scope="class", params=VIEWS, ids=["square", "wide"])
     @classmethod
@@ -133,37 +131,6 @@ class TeacherTests:
         assert len(provenance["weights_sha256"]) == len(provenance["probe_sha256"]) == 64
         assert provenance["source"] == self.config.source
         assert provenance["preprocessing"].keys() >= {"mean", "std", "interpolation", "input_size"}
-
-    def test_a_bright_square_is_found_where_it_was_planted(
-        self, teacher: Teacher, view: tuple[int, int]
-    ) -> None:
-        rows, columns = teacher.spec.levels[-1].grid
-        for cell in ((0, 0), (rows - 1, columns - 1), (1, 0)):
-            features = answer(teacher, pair_of_images(view, cell, (rows, columns)), view)
-            for name, grid in list(features.levels.items())[: self.local_levels]:
-                assert peak(grid, (rows, columns)) == cell, name
-
-
-def pair_of_images(
-    view: tuple[int, int], cell: tuple[int, int], grid: tuple[int, int]
-) -> list[np.ndarray]:
-    """A grey image of twice the view's size, and the same with one cell of a grid white."""
-    plain = np.full((2 * view[0], 2 * view[1], 3), 96, np.uint8)
-    marked = plain.copy()
-    down, right = (
-        slice(round(index * side / count), round((index + 1) * side / count))
-        for index, side, count in zip(cell, plain.shape, grid, strict=False)
-    )
-    marked[down, right] = 255
-    return [plain, marked]
-
-
-def peak(features: torch.Tensor, grid: tuple[int, int]) -> tuple[int, int]:
-    """Cell of `grid` over which two images' features differ most."""
-    difference = (features[1] - features[0]).norm(dim=-1)
-    pooled = torch.nn.functional.adaptive_avg_pool2d(difference[None], grid)[0]
-    row, column = divmod(int(pooled.argmax()), grid[1])
-    return row, column
 
 
 class TestViT16(TeacherTests):
@@ -240,7 +207,6 @@ class TestHiera(TeacherTests):
 class TestMobileNet(TeacherTests):
     config = random_config("timm:mobilenetv2_035", model_args={"output_stride": 16})
     kind = "stage"
-    local_levels = 2
 
 
 class TestOpenClip(TeacherTests):

@@ -31,7 +31,7 @@ def test_teacher_loads_and_answers(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert len(teacher.spec.levels) == 4
     pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     image = teacher.preprocess(pixels, whole_image_box(96, 128, PARAMS.image_size))
-    features = teacher(torch.stack([image, image.flip(-1)]))
+    features = teacher(torch.stack([image, image.flip(1)]))
     for level in teacher.spec.levels:
         answer = features.levels[level.name]
         assert answer.shape == (2, *level.grid, level.channels)

@@ -18,6 +18,10 @@ def preprocessing(size: tuple[int, int], content: tuple[int, int] | None = None)
     return Preprocessing(frame=frame, mean=MEAN, std=STD, interpolation="bicubic")
 
 
+def network_input(steps: Preprocessing, image: np.ndarray, box: Box) -> torch.Tensor:
+    return steps.normalise(steps(image, box)[None])[0]
+
+
 @pytest.fixture
 def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
@@ -32,7 +36,7 @@ def test_a_whole_image_is_treated_as_the_libraries_do(image: np.ndarray) -> None
             transforms.Normalize(MEAN, STD),
         ]
     )
-    ours = preprocessing((48, 64))(image, whole_image_box(60, 80, (48, 64)))
+    ours = network_input(preprocessing((48, 64)), image, whole_image_box(60, 80, (48, 64)))
     torch.testing.assert_close(ours, theirs(Image.fromarray(image)))
 
 
@@ -47,9 +51,9 @@ def test_only_the_box_is_seen(image: np.ndarray) -> None:
 
 def test_padding_is_zero_to_the_right_and_below(image: np.ndarray) -> None:
     box = whole_image_box(60, 80, (48, 64))
-    padded = preprocessing((64, 64), (48, 64))(image, box)
+    padded = network_input(preprocessing((64, 64), (48, 64)), image, box)
     assert padded.shape == (3, 64, 64)
-    assert torch.equal(padded[:, :48], preprocessing((48, 64))(image, box))
+    assert torch.equal(padded[:, :48], network_input(preprocessing((48, 64)), image, box))
     assert not padded[:, 48:].any()
 
 

@@ -14,7 +14,8 @@ def test_low_precision_comes_close_and_is_recorded(precision: str) -> None:
     exact = load_teacher("vit", CONFIG, VIEW, torch.device("cpu"))
     config = CONFIG.model_copy(update={"precision": precision})
     rough = load_teacher("vit", config, VIEW, torch.device("cpu"))
-    images = torch.randn(2, 3, *VIEW, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, *VIEW, 3), dtype=torch.uint8, generator=generator)
     for name, grid in rough(images).levels.items():
         assert grid.dtype == torch.float32
         assert not torch.equal(grid, exact(images).levels[name])

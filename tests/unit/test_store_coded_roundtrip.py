@@ -83,9 +83,9 @@ def test_any_codec_rows_shards_batches_and_interruption(data: st.DataObject) -> 
             tokens = expected.astype(np.float64)
             statistics = store.statistics("small", target.level, target.grid)
             assert statistics.count == tokens[..., 0].size
-            np.testing.assert_allclose(statistics.mean, tokens.mean(axis=(0, 1, 2)), atol=1e-12)
+            np.testing.assert_allclose(statistics.mean, tokens.mean(axis=(0, 1, 2)), atol=1e-6)
             np.testing.assert_allclose(
-                statistics.variance, tokens.var(axis=(0, 1, 2)), rtol=1e-9, atol=1e-12
+                statistics.variance, tokens.var(axis=(0, 1, 2)), rtol=2e-6, atol=1e-12
             )
             kept = store.codec("small", target.level, target.grid)
             assert (kept is None) == (spec.codec in ("float16", "float32"))

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from store import disk
+from store.append import append_images
 from store.errors import (
     StoreDamagedError,
     StoreError,
@@ -23,6 +25,7 @@ from store.errors import (
     StoreMismatchError,
     UnfinishedStoreError,
 )
+from store.files import lock_folder
 from store.reader import FeatureStore
 from store.testing import (
     flip_bits,
@@ -130,29 +133,98 @@ def test_the_commit_mark_is_placed_last(tmp_path: Path, monkeypatch: pytest.Monk
     assert placed[3:] == [*commits, "valid/c.0"]
 
 
-def test_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
+def test_second_writer_of_a_shard_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
     create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
     code = (
         "import sys, time; from store.testing import *; from store.writer import FeatureWriter\n"
-        "w = FeatureWriter.open(sys.argv[1], sample_teacher()); print('open', flush=True)\n"
-        "time.sleep(600)"
+        f"w = FeatureWriter.open(sys.argv[1], sample_teacher(), {SHARD_BYTES}); w.claim(range(4))\n"
+        "print('claimed', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         try:
-            assert other.stdout.readline() == b"open\n"
+            assert other.stdout.readline() == b"claimed\n"
+            with FeatureWriter.open(tmp_path, SPEC) as writer:
+                assert writer.missing() == [range(4), range(4, ROWS)]
+                assert not writer.claim(range(4))
+                with pytest.raises(StoreLockedError, match=r"writing range\(0, 4\) of .*small"):
+                    write_rows(writer, SPEC, range(4))
+                write_rows(writer, SPEC, range(4, ROWS))
+                with pytest.raises(UnfinishedStoreError):
+                    writer.finish()
             with pytest.raises(StoreLockedError, match=r"another process is writing .*small"):
-                FeatureWriter.open(tmp_path, SPEC)
-            with FeatureWriter.open(tmp_path, sample_teacher("second")):
-                pass  # another teacher is another lock
+                lock_folder(tmp_path / "small")  # as gc and repair do
         finally:
             other.kill()
     with FeatureWriter.open(tmp_path, SPEC) as writer:
-        assert writer.missing() == [range(ROWS)]
-        with pytest.raises(StoreLockedError):
-            FeatureWriter.open(tmp_path, SPEC)
-    FeatureWriter.open(tmp_path, SPEC).close()
+        write_rows(writer, SPEC, range(4))
+        writer.finish()
+    assert not list(tmp_path.rglob(".lock*"))
+
+
+def test_several_writers_fill_one_store_and_any_of_them_finishes_it(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    create_store(path, sample_images(ROWS), sample_views(ROWS))
+    with (
+        FeatureWriter.open(path, SPEC, SHARD_BYTES, covariance=True) as one,
+        FeatureWriter.join(path, SPEC) as two,
+    ):
+        (first, last) = two.missing()
+        assert one.claim(first)
+        write_rows(two, SPEC, last)  # while the other holds a shard
+        assert not one.claim(last)
+        assert one.missing() == two.missing() == [first]
+        with pytest.raises(StoreError, match="written already"):
+            write_rows(one, SPEC, last)
+        write_rows(one, SPEC, first)
+        two.finish()
+        one.finish()
+    make(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+
+
+def test_a_writer_of_fewer_images_writes_nothing_into_a_grown_store(tmp_path: Path) -> None:
+    create_store(tmp_path, sample_images(ROWS), sample_views(ROWS))
+    with FeatureWriter.open(tmp_path, SPEC, SHARD_BYTES) as old:
+        append_images(tmp_path, sample_images(9), sample_views(9))
+        with FeatureWriter.open(tmp_path, SPEC) as new:
+            assert new.missing() == [range(4), range(4, 8), range(8, 9)]
+        before = tree(tmp_path)
+        with pytest.raises(StoreMismatchError, match="images were added"):
+            write_rows(old, SPEC, range(4, 6))
+        with pytest.raises(UnfinishedStoreError):
+            old.finish()
+        assert tree(tmp_path) == before
+
+
+def test_only_a_teacher_that_was_begun_alike_is_joined(path: Path) -> None:
+    with pytest.raises(StoreMismatchError, match="begun with other settings"):
+        FeatureWriter.join(path, sample_teacher(weights_sha256="cd" * 32))
+    with pytest.raises(StoreError, match="missing from the store"):
+        FeatureWriter.join(path, sample_teacher("second"))
+
+
+def test_a_shard_that_will_not_fit_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store"
+    create_store(path, sample_images(ROWS), sample_views(ROWS))
+    with FeatureWriter.open(path, SPEC, SHARD_BYTES, covariance=True) as writer:
+        write_rows(writer, SPEC, range(4))
+        before = tree(path)
+        usage = shutil.disk_usage(path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=disk.RESERVE_BYTES))
+        with pytest.raises(
+            StoreError,
+            match=r"needs 0\.0 MiB, and 64 MiB are kept free; 64\.0 MiB .* 1 of 2 shards",
+        ):
+            write_rows(writer, SPEC, range(4, 6))
+        monkeypatch.undo()
+    assert tree(path) == before
+    make(path)
+    make(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
 
 
 def test_no_flipped_byte_is_ever_returned(path: Path) -> None:

@@ -96,13 +96,13 @@ def test_xarray_reads_the_same(path: Path, level: str) -> None:
     np.testing.assert_array_equal(data["native"].values, features(level))
     stats = xarray.open_zarr(path, group=f"small/{level}/stats/native", consolidated=False)
     tokens = np.delete(features(level), 7, axis=0).astype(np.float64)
-    np.testing.assert_allclose(stats["mean"], tokens.mean(axis=(0, 1, 2)))
-    np.testing.assert_allclose(stats["variance"], tokens.var(axis=(0, 1, 2)))
+    np.testing.assert_allclose(stats["mean"], tokens.mean(axis=(0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(stats["variance"], tokens.var(axis=(0, 1, 2)), rtol=1e-6)
     assert int(stats["count"]) == tokens[..., 0].size
     assert stats["covariance"].dims == ("channel", "other_channel")
     covariance = zarr.open_array(path, path=f"small/{level}/stats/native/covariance", mode="r")[...]
     expected = np.cov(tokens.reshape(-1, tokens.shape[-1]), rowvar=False, bias=True)
-    np.testing.assert_allclose(covariance, expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(stats["covariance"].values, covariance)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from store.errors import StoreError
 from store.hadamard import hadamard
 from store.normalise import EPSILON, AffineMap, equalising_rotation, phi_s, whitening, z_score
-from store.statistics import Moments, Statistics
+from store.statistics import Statistics
 
 MAPS = [z_score, phi_s, whitening]
 Tokens = NDArray[np.float64]
@@ -22,7 +22,11 @@ def statistics_of(tokens: Tokens) -> Statistics:
     count, channels = tokens.shape
     values = tokens.astype(np.float16).reshape(1, count, channels)
     np.testing.assert_array_equal(values[0], tokens)
-    return Moments.of(values, np.empty_like(tokens), np.empty((channels, channels))).statistics()
+    covariance = np.cov(tokens, rowvar=False, bias=True).reshape(channels, channels)
+    variance = np.diag(covariance).copy()
+    return Statistics(
+        count=count, mean=tokens.mean(axis=0), variance=variance, covariance=covariance
+    )
 
 
 def sample_tokens(

@@ -84,15 +84,15 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
             tokens = expected[level].astype(np.float16).astype(np.float64)[good]
             statistics = store.statistics("small", level)
             assert statistics.count == tokens[..., 0].size
-            np.testing.assert_allclose(statistics.mean, tokens.mean(axis=(0, 1, 2)), rtol=1e-12)
-            np.testing.assert_allclose(statistics.variance, tokens.var(axis=(0, 1, 2)), rtol=1e-9)
+            np.testing.assert_allclose(statistics.mean, tokens.mean(axis=(0, 1, 2)), atol=1e-6)
+            np.testing.assert_allclose(statistics.variance, tokens.var(axis=(0, 1, 2)), rtol=1e-6)
             assert (statistics.covariance is not None) == covariance
             if statistics.covariance is not None:
                 matrix = tokens.reshape(-1, tokens.shape[-1])
                 expected_covariance = np.cov(matrix, rowvar=False, bias=True)
                 deviation = np.sqrt(statistics.variance)
                 error = np.abs(statistics.covariance - expected_covariance)
-                assert (error <= 1e-10 * np.outer(deviation, deviation)).all()
+                assert (error <= 2e-6 * np.outer(deviation, deviation)).all()
                 np.testing.assert_array_equal(np.diag(statistics.covariance), statistics.variance)
         for row in bad:
             with pytest.raises(StoreError, match="zero bytes"):

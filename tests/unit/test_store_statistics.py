@@ -12,9 +12,9 @@ from store.statistics import Moments
 
 
 def moments(values: NDArray[np.float16], covariance: bool = False) -> Moments:
-    height, width, channels = values.shape
+    channels = values.shape[-1]
     product = np.empty((channels, channels)) if covariance else None
-    return Moments.of(values, np.empty((height * width, channels)), product)
+    return Moments.of(values.astype(np.float32), product)
 
 
 @given(
@@ -36,8 +36,9 @@ def test_merge_in_any_order_equals_two_passes(
     total = left.merge(right).statistics()
     tokens = values.astype(np.float64).reshape(-1, 4)
     assert total.count == len(tokens)
-    np.testing.assert_allclose(total.mean, tokens.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(total.variance, tokens.var(axis=0), rtol=1e-9, atol=1e-12)
+    deviation = tokens.std(axis=0)
+    assert (np.abs(total.mean - tokens.mean(axis=0)) <= 1e-6 * deviation).all()
+    np.testing.assert_allclose(total.variance, tokens.var(axis=0), rtol=1e-6)
 
 
 def test_record_is_exact() -> None:
@@ -81,7 +82,7 @@ def test_any_tree_of_merges_gives_the_covariance_of_all_tokens(
     assert total.covariance is not None
     deviation = np.sqrt(np.diag(expected))
     error = np.abs(total.covariance - expected)
-    assert (error <= 1e-10 * np.outer(deviation, deviation)).all()
+    assert (error <= 2e-6 * np.outer(deviation, deviation)).all()
     np.testing.assert_array_equal(np.diag(total.covariance), total.variance)
     np.testing.assert_array_equal(total.covariance, total.covariance.T)
 

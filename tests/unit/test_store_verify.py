@@ -306,7 +306,7 @@ def test_edited_statistics_are_found_to_the_last_bit(path: Path, part: str) -> N
     assert part in finding.what
 
 
-@pytest.mark.parametrize(("factor", "severity"), [(1 + 1e-9, "damage"), (1 + 3e-16, "remark")])
+@pytest.mark.parametrize(("factor", "severity"), [(1 + 1e-4, "damage"), (1 + 1e-9, "remark")])
 def test_edited_commit_statistics_are_found(path: Path, factor: float, severity: str) -> None:
     layout = read_record(path / "small").layout
 

@@ -1,0 +1,218 @@
+"""Features become codes on the device that computed them, so that only codes travel.
+
+The counterpart in torch of `store.encode` and of the codecs' own `encode`: the same codes, but
+where a value lies within float32 rounding of the middle between two of them.
+
+Letters: `B` batch, `h w` cells of a level, `C` channels, `K` components, `E` edges of steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.extract.errors import NonFiniteFeaturesError
+from stages.extract.teachers import Features
+from store.codecs import FLOAT16_MAX, BitCodec, Codec, Codes, FloatCodec, Int8Codec
+from store.layout import ArrayLayout
+from store.pyramid import area_weights
+from store.spec import GLOBAL, Grid, TeacherSpec
+
+_DTYPES = {"<f2": torch.float16, "<f4": torch.float32}
+_CACHED_VALUES = 2**16
+_FEW_EDGES = 63
+"""Up to so many edges a processor compares with all of them sooner than it searches among them."""
+_SHOWN = 5
+
+Encode = Callable[[Tensor], Tensor]
+"""Maps values B h w C float32 of a target to its codes."""
+
+
+class Encoder:
+    """Encodes what one teacher says; `arrays` and `codecs` are by target name and `global`."""
+
+    def __init__(
+        self,
+        spec: TeacherSpec,
+        arrays: Mapping[str, ArrayLayout],
+        codecs: Mapping[str, Codec],
+    ) -> None:
+        self._arrays = arrays
+        self._codecs = codecs
+        self._targets = {target.name: target for target in spec.targets}
+        self._encoders: dict[tuple[str, torch.device], Encode] = {}
+
+    def __call__(self, features: Features | None, valid: NDArray[np.bool_]) -> dict[str, Codes]:
+        """Return the codes (n, ...) of n rows; the others than `valid` (n,) marks are zeros.
+
+        `features` are of the valid rows, None if there are none.
+        """
+        codes = {
+            name: np.zeros((len(valid), *array.shape[1:]), array.dtype)
+            for name, array in self._arrays.items()
+            if features is None or not valid.all()
+        }
+        if features is not None:
+            for name in self._arrays:
+                found = self._encode(name, features)
+                if name in codes:
+                    codes[name][valid] = found
+                else:
+                    codes[name] = found
+        return codes
+
+    @torch.inference_mode()
+    def _encode(self, name: str, features: Features) -> Codes:
+        target = self._targets.get(name)
+        values = features.outputs()[name if target is None else target.level]
+        if target is not None:
+            values = area_average(values, target.grid)
+        key = name, values.device
+        if key not in self._encoders:
+            self._encoders[key] = _encoder(self._codecs[name], values.device)
+        found: Codes = self._encoders[key](values).cpu().numpy()
+        return found
+
+
+def area_average(values: Tensor, grid: Grid) -> Tensor:
+    """Return B h w C of values B H W C, each cell the mean over its area, as `store.pyramid`."""
+    height, width = values.shape[1:3]
+    if (height, width) == grid:
+        return values
+    down, across = (
+        torch.from_numpy(area_weights(size, cells)).to(values.device)
+        for size, cells in zip((height, width), grid, strict=True)
+    )
+    rows = torch.matmul(down, values.flatten(2)).view(len(values), len(down), width, -1)
+    return torch.matmul(across, rows)
+
+
+def refuse_unstorable(features: Features, spec: TeacherSpec, image_ids: Sequence[str]) -> None:
+    """Raise where a value is no number, or more than the float16 that it is stored in can hold.
+
+    Raises:
+        NonFiniteFeaturesError: names images and level.
+    """
+    for level, values in features.outputs().items():
+        narrow = spec.codec == "float16" or (level == GLOBAL and spec.codec != "float32")
+        low, high = torch.aminmax(values.flatten(1), dim=1)
+        largest = torch.maximum(high, -low)  # NaN spreads
+        where = f"teacher {spec.name!r}, {level}:"
+        if bad := _marked(~torch.isfinite(largest), image_ids):
+            raise NonFiniteFeaturesError(
+                f"{where} NaN or infinity for {bad}. fp16 overflows where bf16 and fp32 do not; "
+                "else check the weights."
+            )
+        if narrow and (bad := _marked(largest > FLOAT16_MAX, image_ids)):
+            raise NonFiniteFeaturesError(
+                f"{where} values up to {float(largest.max()):.3g} for {bad}, float16 ends at "
+                f"{FLOAT16_MAX:.0f}. Give the teacher codec: int8 or float32, or leave the level "
+                "out."
+            )
+
+
+def _marked(marks: Tensor, image_ids: Sequence[str]) -> str:
+    names = [name for name, mark in zip(image_ids, marks.tolist(), strict=True) if mark]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _encoder(codec: Codec, device: torch.device) -> Encode:
+    if isinstance(codec, FloatCodec):
+        dtype = _DTYPES[codec.dtype]
+        return lambda values: values.to(dtype)
+    if isinstance(codec, Int8Codec):
+        return _Int8Encoder(codec, device)
+    return _BitEncoder(codec, device)
+
+
+class _Int8Encoder:
+    """`Int8Codec.encode` of a batch."""
+
+    def __init__(self, codec: Int8Codec, device: torch.device) -> None:
+        self._scale = torch.from_numpy(codec.scale).to(device)
+        self._offset = torch.from_numpy(codec.offset).to(device)
+        self._axes = None if codec.rotation is None else torch.from_numpy(codec.axes).to(device)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if self._axes is not None:
+            return self._square_roots((values - self._offset) @ self._axes.T, None)
+        return self._square_roots(values, self._offset)
+
+    def _square_roots(self, components: Tensor, offset: Tensor | None) -> Tensor:
+        """B h w K -> codes; rows of the grid, some at a time so that they stay in cache."""
+        batch, height, width, kept = components.shape
+        flat = components.reshape(batch * height, width * kept)
+        scale = self._scale.repeat(width)
+        offsets = torch.zeros_like(scale) if offset is None else offset.repeat(width)
+        codes = torch.empty(flat.shape, dtype=torch.int8, device=flat.device)
+        step = len(flat) if flat.is_cuda else max(1, _CACHED_VALUES // (width * kept))
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step] - offsets
+            roots = part.abs().div_(scale).sqrt_().clamp_(max=127)
+            codes[start : start + step] = roots.copysign_(part).round_()
+        return codes.view(components.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Components:
+    """Components with equally many steps; `edges` (K, E) lie between these."""
+
+    axes: Tensor
+    edges: Tensor
+    byte: Tensor
+    shift: Tensor
+
+    def steps(self, blocks: Tensor) -> Tensor:
+        """Return K N uint8 from N D blocks: which step each component of each block is on."""
+        components = self.axes @ blocks.T
+        if self.edges.shape[1] > _FEW_EDGES or components.is_cuda:
+            return torch.searchsorted(self.edges, components, out_int32=True).to(torch.uint8)
+        steps = torch.empty(components.shape, dtype=torch.uint8)
+        rows = max(1, _CACHED_VALUES // components.shape[1])
+        for start in range(0, len(components), rows):
+            part = components[start : start + rows]
+            count = torch.zeros(part.shape, dtype=torch.uint8)
+            for edge in self.edges[start : start + rows].T[..., None]:
+                count += part > edge
+            steps[start : start + rows] = count
+        return steps
+
+
+class _BitEncoder:
+    """`BitCodec.encode` of a batch."""
+
+    def __init__(self, codec: BitCodec, device: torch.device) -> None:
+        self._codec = codec
+        self._mean = torch.from_numpy(codec.mean).to(device)
+        self._groups = []
+        for mask in np.unique(codec.mask):
+            (places,) = np.nonzero(codec.mask == mask)
+            fields = {
+                "axes": codec.axes[places],
+                "edges": np.stack([codec.edges[place] for place in places]),
+                "byte": codec.byte[places],
+                "shift": codec.shift[places][:, None],
+            }
+            tensors = {name: torch.from_numpy(value).to(device) for name, value in fields.items()}
+            self._groups.append(_Components(**tensors))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        batch, height, width, channels = values.shape
+        norms = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        blocks = self._to_blocks(values / norms.clamp(min=1e-12).sqrt()) - self._mean
+        shape = self._codec.stored_shape((height, width, channels))
+        codes = torch.zeros((shape[-1], len(blocks)), dtype=torch.uint8, device=values.device)
+        for group in self._groups:
+            codes.index_add_(0, group.byte, group.steps(blocks) << group.shift)
+        return codes.T.reshape(batch, *shape)
+
+    def _to_blocks(self, tokens: Tensor) -> Tensor:
+        """B H W C -> all blocks of all images, each edge * edge * C."""
+        batch, height, width, channels = tokens.shape
+        edge = int(self._codec.block)
+        tiles = tokens.reshape(batch, height // edge, edge, width // edge, edge, channels)
+        return tiles.transpose(2, 3).reshape(-1, edge * edge * channels)
