@@ -158,21 +158,21 @@ class ViewTable:
 
     def bytes_of(self, rows: NDArray[np.bool_]) -> tuple[bytes, ...]:
         """Return the bytes of every column at these rows."""
-        return tuple(column[rows].tobytes() for column in (self.boxes, self.flips, self.seeds))
+        return tuple(column[rows].tobytes() for column in self._columns())
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal of every row, in order."""
         head = [list(self.image_size), self.views_per_image, len(self)]
-        columns = [self.boxes, self.flips, self.seeds]
-        if (
-            self.photometric is not None
-        ):  # without it the digest is what it was before there was one
-            head.append("photometric")
-            columns.append(self.photometric)
-        state = hashlib.sha256(canonical_json(head).encode())
-        for column in columns:
+        # without colours the digest is what it was before there were any
+        named = [] if self.photometric is None else ["photometric"]
+        state = hashlib.sha256(canonical_json([*head, *named]).encode())
+        for column in self._columns():
             state.update(column.tobytes())
         return state.hexdigest()
+
+    def _columns(self) -> list[NDArray[Any]]:
+        columns = [self.boxes, self.flips, self.seeds]
+        return columns if self.photometric is None else [*columns, self.photometric]
 
 
 def _factors(values: NDArray[Any], rows: int) -> NDArray[Any]:
