@@ -139,32 +139,40 @@ class ViewTable:
 
     def first(self, rows: int) -> "ViewTable":
         """Return the first rows."""
+        return self._rows(slice(rows))
+
+    def of_images(self, places: Sequence[int]) -> "ViewTable":
+        """Return the views of the images at these places, in their order."""
+        rows = np.arange(len(self)).reshape(-1, self.views_per_image)[list(places)]
+        return self._rows(rows.ravel())
+
+    def _rows(self, rows: Any) -> "ViewTable":
         return ViewTable(
             image_size=self.image_size,
-            boxes=self.boxes[:rows],
-            flips=self.flips[:rows],
-            seeds=self.seeds[:rows],
+            boxes=self.boxes[rows],
+            flips=self.flips[rows],
+            seeds=self.seeds[rows],
             views_per_image=self.views_per_image,
-            photometric=None if self.photometric is None else self.photometric[:rows],
+            photometric=None if self.photometric is None else self.photometric[rows],
         )
 
     def bytes_of(self, rows: NDArray[np.bool_]) -> tuple[bytes, ...]:
         """Return the bytes of every column at these rows."""
-        return tuple(column[rows].tobytes() for column in (self.boxes, self.flips, self.seeds))
+        return tuple(column[rows].tobytes() for column in self._columns())
 
     def digest(self) -> str:
         """Return a SHA-256 in hexadecimal of every row, in order."""
         head = [list(self.image_size), self.views_per_image, len(self)]
-        columns = [self.boxes, self.flips, self.seeds]
-        if (
-            self.photometric is not None
-        ):  # without it the digest is what it was before there was one
-            head.append("photometric")
-            columns.append(self.photometric)
-        state = hashlib.sha256(canonical_json(head).encode())
-        for column in columns:
+        # without colours the digest is what it was before there were any
+        named = [] if self.photometric is None else ["photometric"]
+        state = hashlib.sha256(canonical_json([*head, *named]).encode())
+        for column in self._columns():
             state.update(column.tobytes())
         return state.hexdigest()
+
+    def _columns(self) -> list[NDArray[Any]]:
+        columns = [self.boxes, self.flips, self.seeds]
+        return columns if self.photometric is None else [*columns, self.photometric]
 
 
 def _factors(values: NDArray[Any], rows: int) -> NDArray[Any]:

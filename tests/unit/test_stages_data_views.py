@@ -82,11 +82,10 @@ def test_boxes_lie_inside_their_images_and_cover_what_was_asked(
             assert 0 <= box.left <= width - box.width
             low, high = config.area
             stretch = np.sqrt(config.aspect)
-            for side, whole in ((box.height, first.height), (box.width, first.width)):
-                assert 1 <= side <= np.sqrt(high) * whole * stretch + 0.51
-                limit = height if side == box.height else width
-                smallest = min(np.sqrt(low) * whole / stretch, limit, height, width)
-                assert side >= smallest - 0.51
+            cuts = (box.height, first.height, height), (box.width, first.width, width)
+            for side, exact, limit in cuts:
+                assert 1 <= side <= max(1, np.sqrt(high) * exact * stretch + 0.51)
+                assert side >= min(np.sqrt(low) * exact / stretch, limit) - 0.51
 
 
 def test_flips_follow_their_probability_and_photometric_moves_nothing() -> None:

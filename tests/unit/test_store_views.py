@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
+from store.admit import admit_images
 from store.append import append_images
 from store.create import create_store
 from store.errors import StoreDamagedError, StoreError, StoreMismatchError
@@ -76,6 +77,10 @@ def test_the_digest_covers_every_factor() -> None:
     assert len(others) == 2 + 4 * ROWS
     assert views.first(4).photometric is not None
     np.testing.assert_array_equal(views.first(4).photometric, views.photometric[:4])
+    some = views.of_images([2, 0])
+    assert some.views_per_image == 2
+    np.testing.assert_array_equal(some.photometric, views.photometric[[4, 5, 0, 1]])
+    np.testing.assert_array_equal(some.seeds, views.seeds[[4, 5, 0, 1]])
 
 
 @pytest.mark.parametrize(
@@ -137,3 +142,17 @@ def test_a_store_grows_with_its_colours(tmp_path: Path) -> None:
     assert FeatureStore(tmp_path).views == views
     with pytest.raises(StoreMismatchError, match=r"photometric: store has True"):
         append_images(tmp_path, sample_images(5), replace(sample_views(10, 2)))
+
+
+def test_admitting_an_image_may_change_no_colours_of_others(tmp_path: Path) -> None:
+    views = coloured()
+    assert views.photometric is not None
+    create_store(tmp_path, sample_images(3, quarantined=[2]), views)
+    changed = np.array(views.photometric)
+    changed[1, 0] += 0.25
+    with pytest.raises(StoreError, match="not quarantined differ"):
+        admit_images(tmp_path, sample_images(3), replace(views, photometric=changed))
+    changed = np.array(views.photometric)
+    changed[5, 0] += 0.25  # of the image that is admitted
+    admit_images(tmp_path, sample_images(3), replace(views, photometric=changed))
+    np.testing.assert_array_equal(FeatureStore(tmp_path).views.photometric, changed.astype("f4"))
