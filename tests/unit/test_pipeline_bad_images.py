@@ -234,7 +234,7 @@ def test_mended_images_are_let_in_and_computed_for_every_teacher(
     assert len(result["quarantined"]) == len(BAD) - 2
     sak("index", "--max-bad", "60%", *options)  # other reasons of bad images are no change
     assert "`sak extract-teachers first` computes what is missing" in sak("verify", store)
-    assert "`sak extract-teachers`" in sak("train-student", "distill", *options, code=2)
+    assert "Run `sak extract-teachers" in sak("train-student", "distill", *options, code=2)
     for done in sak_json("extract-teachers", *options)["teachers"]:
         assert (done["images"], done["quarantined"]) == (len(GOOD) + 2, len(BAD) - 2)
     after = FeatureStore(store)

@@ -98,7 +98,7 @@ def test_mistakes_exit_with_2(store: Path, tmp_path: Path) -> None:
 
 
 def test_the_epilog_names_the_exit_code() -> None:
-    assert "3 verify found something" in " ".join(sak("--help").stdout.split())
+    assert "3 verify or doctor found something" in " ".join(sak("--help").stdout.split())
 
 
 def test_live_from_the_command_line(tmp_path: Path, tiny_params: Path) -> None:

@@ -296,3 +296,19 @@ def test_killed_at_any_moment_of_admitting_and_extracting(path: Path, tmp_path: 
     assert states <= {
         "8", "10", "sak index --append", "sak extract-teachers small", "sak extract-teachers",
     }  # fmt: skip
+
+
+def test_a_store_in_a_bucket(s3_endpoint: str) -> None:
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="admit")
+    url = "s3://admit/features.zarr"
+    write_store(url, sample_images(6, (1,)), SPEC)
+    assert stored_images(url) == sample_images(6, (1,))
+    admit_images(url, sample_images(6), sample_views(6))
+    assert FeatureStore(url).unfinished == ("small",)
+    with FeatureWriter.open(url, SPEC, FOUR_ROWS) as writer:
+        assert writer.missing() == [range(4)]
+        write_rows(writer, SPEC, range(4))
+        writer.finish()
+    assert FeatureStore(url).valid("small").all()
