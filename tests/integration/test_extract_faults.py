@@ -61,7 +61,8 @@ for runs in json.loads(sys.argv[1]):  # those of one list at the same time
         children.append(child)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in children]))
 """
-IMAGES = 9
+IMAGES = 25
+SHARDS = 13
 ARRAYS = 5  # four levels and the pooled output: so many appends a row
 
 
@@ -108,7 +109,7 @@ class Project:
 
 @pytest.fixture
 def project(tiny_params: Path, tmp_path: Path) -> Project:
-    """Nine pictures, one random teacher, five shards; `whole` is extracted without a fault."""
+    """Pictures, one random teacher, shards of two rows; `whole` is extracted without a fault."""
     params = yaml.safe_load(tiny_params.read_text())
     del params["teachers"]["second"]
     pictures = tmp_path / "pictures"
@@ -134,7 +135,7 @@ def test_killed_at_random_moments_and_resumed_equals_an_uninterrupted_run(
 ) -> None:
     names = [str(number) for number in range(kills)]
     project.copies(*names)
-    moments = np.random.default_rng(1).integers(1, 250, kills).tolist()
+    moments = np.random.default_rng(1).integers(1, 600, kills).tolist()
     killed = [
         project.extract(name, kill=moment) for name, moment in zip(names, moments, strict=True)
     ]
@@ -155,7 +156,7 @@ def test_sigterm_finishes_the_shard_and_the_same_command_resumes(project: Projec
     project.copies("once", "twice")
     codes = run(
         [project.extract("whole")],
-        [project.extract("once", terminate=[2 * ARRAYS + 3])],  # in the second of five shards
+        [project.extract("once", terminate=[2 * ARRAYS + 3])],  # in the second shard
         [project.extract("twice", terminate=[2 * ARRAYS + 3, 2 * ARRAYS + 5])],
     )
     assert codes == [[0], [143], [-15]]
@@ -181,6 +182,6 @@ def test_two_commands_at_once_fill_one_store(project: Project) -> None:
     assert codes == [[0], [0, 0]]
     done = [json.loads(project.output("both", number))["teachers"][0] for number in range(2)]
     assert all(one["shards_written"] > 0 for one in done)
-    assert sum(one["shards_written"] for one in done) == 5
+    assert sum(one["shards_written"] for one in done) == SHARDS
     assert sum(one["images"] for one in done) == IMAGES
     assert files(project.store("both")) == files(project.store("whole"))
