@@ -118,6 +118,7 @@ def project(tiny_params: Path, tmp_path: Path) -> Project:
         pixels = generator.integers(0, 256, (40 + number, 60, 3), np.uint8)
         Image.fromarray(pixels).save(pictures / f"{number}.png")
     params |= {"data": {"kind": "folder", "root": str(pictures)}, "tasks": []}
+    params["extract"]["batch_size"] = 1  # images are read ahead, and so shards claimed, by batches
     made = Project(tmp_path, params)
     assert run([made.command("indexed", "index")]) == [[0]]
     made.copies("whole")
