@@ -157,7 +157,7 @@ def test_sigterm_finishes_the_shard_and_the_same_command_resumes(project: Projec
     codes = run(
         [project.extract("whole")],
         [project.extract("once", terminate=[2 * ARRAYS + 3])],  # in the second of five shards
-        [project.extract("twice", terminate=[2 * ARRAYS + 3, 2 * ARRAYS + 5])],
+        [project.extract("twice", terminate=[2 * ARRAYS + 3, 3 * ARRAYS + 2])],
     )
     assert codes == [[0], [143], [-15]]
     assert committed(project.store("once")) == 2
