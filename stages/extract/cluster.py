@@ -54,7 +54,7 @@ def local_workers(count: int, device: str) -> Iterator[Client]:
         number: {"cls": Nanny, "options": _worker(threads, number % gpus if gpus else None)}
         for number in range(count)
     }
-    scheduler = {"cls": Scheduler, "options": {"host": _LOCAL, "dashboard": False}}
+    scheduler = {"cls": Scheduler, "options": {"host": _LOCAL, "dashboard_address": None}}
     settings = {"distributed.scheduler.allowed-failures": _DEATHS}
     with (
         dask.config.set(settings),
