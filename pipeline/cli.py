@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline import console
+from pipeline import console, teacher_commands
 from pipeline.mistakes import GuardedGroup
+from pipeline.options import DEFAULT_PARAMS, AsJson, ParamsFile
 from pipeline.report import two_columns
 
 app = typer.Typer(
@@ -20,9 +21,7 @@ app = typer.Typer(
     "130 interrupted.",
 )
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, no table.")]
-DEFAULT_PARAMS = Path("params.yaml")
+app.add_typer(teacher_commands.app, name="teachers")
 
 
 @app.command(epilog="Example: sak index --params params.yaml")
@@ -237,12 +236,3 @@ def probe(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
     with console.progress_bar(not as_json) as bar:
         result = probing.probe(load_params(params), bar)
     console.show("linear probe", result, as_json)
-
-
-@app.command(epilog="Example: sak teachers")
-def teachers(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
-    """List teachers by name, with the line that asks for each in the parameter file."""
-    from pipeline import tables
-
-    result = tables.teachers(params)
-    console.show("teachers", result, as_json)
