@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.drift import LevelDrift, measure_drift
 from stages.extract.errors import ExtractionError, NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Features, Teacher, choose_device, load_teacher
@@ -50,6 +51,8 @@ class ExtractSummary:
     images_per_second: float
     bytes_written: int
     shards_written: int
+    drift: tuple[LevelDrift, ...] = ()
+    """How far low precision is from float32, where features were computed in it."""
 
 
 def extract(
@@ -70,7 +73,7 @@ def extract(
     """
     device = choose_device(extract_config.device)
     teacher = load_teacher(name, teacher_config, image_size, device)
-    return extract_teacher(
+    summary = extract_teacher(
         store_path,
         images,
         image_size,
@@ -81,6 +84,11 @@ def extract(
         covariance=extract_config.covariance,
         calibration_images=extract_config.calibration_images,
     )
+    if teacher_config.precision == "fp32" or not summary.images:
+        return summary
+    rows = open_rows(store_path, images, image_size, teacher)
+    drift = measure_drift(teacher, rows, extract_config.batch_size, progress)
+    return replace(summary, drift=drift)
 
 
 def extract_teacher(
