@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline import console
+from pipeline import console, teacher_commands
 from pipeline.mistakes import GuardedGroup
+from pipeline.options import DEFAULT_PARAMS, AsJson, ParamsFile
 from pipeline.report import two_columns
 
 app = typer.Typer(
@@ -20,9 +21,7 @@ app = typer.Typer(
     "something, 130 interrupted, 143 terminated (SIGTERM); both resume.",
 )
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, no table.")]
-DEFAULT_PARAMS = Path("params.yaml")
+app.add_typer(teacher_commands.app, name="teachers")
 
 
 @app.command(epilog="Example: sak index --max-bad 0.1%")
@@ -119,6 +118,9 @@ def extract_teachers(
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a dask scheduler whose workers do the work.")
     ] = None,
+    together: Annotated[
+        bool, typer.Option(help="One pass: each image is decoded once for all these teachers.")
+    ] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -128,7 +130,7 @@ def extract_teachers(
 
     with console.progress_bar(not as_json) as bar:
         result = extraction.extract_teachers(
-            load_params(params), names or [], replace, bar, workers, scheduler
+            load_params(params), names or [], replace, bar, workers, scheduler, together
         )
     console.show("extracted teachers", result, as_json)
 
@@ -277,12 +279,3 @@ def doctor(
     console.show("doctor", result, as_json)
     if not healthy:
         raise typer.Exit(3)
-
-
-@app.command(epilog="Example: sak teachers")
-def teachers(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
-    """List teachers by name, with the line that asks for each in the parameter file."""
-    from pipeline import tables
-
-    result = tables.teachers(params)
-    console.show("teachers", result, as_json)

@@ -1,4 +1,4 @@
-"""`sak extract-teachers`: stage one, one teacher after the other, by this process or by workers."""
+"""`sak extract-teachers`: stage one, by this process or by workers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +11,14 @@ from pipeline.indexing import require_views
 from pipeline.params import Params
 from pipeline.report import Report
 from stages.data.dataset import open_dataset
+from stages.extract.clock import StageTimes
 from stages.extract.run import ExtractSummary, extract
 from stages.progress import Progress
 from stages.stopping import stop_on_sigterm
 from store.collect import collect_garbage
 from store.errors import StoreMismatchError
 
-_Extract = Callable[[str], ExtractSummary]
+_Extract = Callable[[list[str]], list[ExtractSummary]]
 
 
 def extract_teachers(
@@ -27,11 +28,16 @@ def extract_teachers(
     progress: Progress,
     workers: int | None = None,
     scheduler: str | None = None,
+    together: bool = False,
 ) -> Report:
-    """Extract the named teachers, or all of them, one after the other.
+    """Extract the named teachers, or all of them, one after the other or `together` in one pass.
 
     By so many `workers` on this machine, or by those of a dask `scheduler` at this address.
     """
+    if together and (workers is not None or scheduler is not None):
+        raise StepError(
+            "--together is for one process; workers compute a shard of one teacher at a time"
+        )
     if workers is not None and scheduler is not None:
         raise StepError(
             "--workers starts processes on this machine, --scheduler uses those of a running "
@@ -44,26 +50,24 @@ def extract_teachers(
             f"it has {', '.join(params.teachers)}"
         )
     require_views(params)
-    with _extractor(params, progress, workers, scheduler) as extract_one:
-        return _report(
-            [
-                _replacing(params, name, replace, extract_one)
-                for name in names or list(params.teachers)
-            ]
-        )
+    chosen = names or list(params.teachers)
+    groups = [chosen] if together else [[name] for name in chosen]
+    with _extractor(params, progress, workers, scheduler) as extract_some:
+        results = [_replacing(params, group, replace, extract_some) for group in groups]
+    return _report([one for some in results for one in some])
 
 
 @contextmanager
 def _extractor(
     params: Params, progress: Progress, workers: int | None, scheduler: str | None
 ) -> Iterator[_Extract]:
-    """Give the function that extracts a teacher by name, stopping well on SIGTERM."""
+    """Give the function that extracts teachers by name, stopping well on SIGTERM."""
     with stop_on_sigterm() as stop:
         if workers is None and scheduler is None:
             images = open_dataset(params.data).images
-            yield lambda name: extract(
-                params.store, images, params.image_size, name, params.teachers[name],
-                params.extract, progress, stop,
+            yield lambda names: extract(
+                params.store, images, params.image_size,
+                {name: params.teachers[name] for name in names}, params.extract, progress, stop,
             )  # fmt: skip
             return
         from stages.extract import cluster  # dask.distributed: only where it is asked for
@@ -74,18 +78,21 @@ def _extractor(
         else:
             clients = cluster.scheduler_workers(scheduler)
         with clients as client:
-            yield lambda name: cluster.extract_on(
-                client,
-                Job(
-                    store=params.store,
-                    data=params.data,
-                    image_size=params.image_size,
-                    name=name,
-                    teacher=params.teachers[name],
-                    settings=params.extract,
-                ),
-                progress,
-            )
+            yield lambda names: [
+                cluster.extract_on(
+                    client,
+                    Job(
+                        store=params.store,
+                        data=params.data,
+                        image_size=params.image_size,
+                        name=name,
+                        teacher=params.teachers[name],
+                        settings=params.extract,
+                    ),
+                    progress,
+                )
+                for name in names
+            ]
 
 
 def _report(results: list[ExtractSummary]) -> Report:
@@ -109,18 +116,48 @@ def _report(results: list[ExtractSummary]) -> Report:
         ),
         rows=rows,
         data={"teachers": [asdict(one) for one in results]},
+        remarks=_stage_remarks(results)
+        + tuple(
+            f"{one.teacher}, {level.level}: against fp32 on {level.tokens} tokens, cosine mean "
+            f"{level.cosine_mean:.6f}, 1st percentile {level.cosine_p01:.6f}, relative L2 "
+            f"{level.relative_l2:.2g}"
+            for one in results
+            for level in one.drift
+        ),
     )  # fmt: skip
 
 
-def _replacing(params: Params, name: str, replace: bool, extract_one: _Extract) -> ExtractSummary:
-    """Extract a teacher, after deleting what was written under other settings if `replace`."""
+def _stage_remarks(results: list[ExtractSummary]) -> tuple[str, ...]:
+    """Say of each pass where its time went."""
+    passes: dict[int, tuple[list[str], StageTimes]] = {}
+    for one in results:
+        if one.stages is not None and one.images:
+            names, _ = passes.setdefault(id(one.stages), ([], one.stages))
+            names.append(one.teacher)
+    return tuple(_stage_remark(", ".join(names), times) for names, times in passes.values())
+
+
+def _stage_remark(names: str, times: StageTimes) -> str:
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in times.seconds.items())
+    gpu = "" if times.gpu_hours is None else f"; {times.gpu_hours:.3f} GPU-hours"
+    return (
+        f"{names}: {spent}; {times.bottleneck} is the bottleneck, the teachers were at work "
+        f"{times.forward_share:.0%} of {times.elapsed:.1f} s{gpu}"
+    )
+
+
+def _replacing(
+    params: Params, names: list[str], replace: bool, extract_some: _Extract
+) -> list[ExtractSummary]:
+    """Extract teachers, after deleting what was written under other settings if `replace`."""
     try:
-        return extract_one(name)
+        return extract_some(names)
     except StoreMismatchError as error:
-        if not replace:
-            advice = f"or drop them with: sak extract-teachers {name} --replace"
+        if not replace or error.teacher is None:
+            advice = f"or drop them with: sak extract-teachers {' '.join(names)} --replace"
             raise StepError(f"{error}\n{advice}") from error
-    dropped = collect_garbage(params.store, drop=[name], delete=True)
+        other = error.teacher
+    dropped = collect_garbage(params.store, drop=[other], delete=True)
     if any(one.busy for one in dropped):
-        raise StepError(f"teacher {name!r} is being written by another process; stop it first")
-    return extract_one(name)
+        raise StepError(f"teacher {other!r} is being written by another process; stop it first")
+    return _replacing(params, names, replace, extract_some)

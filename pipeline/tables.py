@@ -112,5 +112,6 @@ def teachers(path: Path) -> Report:
         remarks=(
             'in params.yaml, under teachers:   my_name: {source: "<source>", input_size: <input_size>}',
             "any other model of timm or open_clip works too: timm:<model>.<tag>, open_clip:<model>/<tag>",
+            "so does a class of your own: custom:<module>:<Class>; try it with `sak teachers check`",
         ),
     )

@@ -9,7 +9,11 @@ class StoreError(ValueError):
 
 
 class StoreMismatchError(StoreError):
-    """The store holds something else than what is asked for."""
+    """The store holds something else than what is asked for; of `teacher`, where it is one's."""
+
+    def __init__(self, message: str, teacher: str | None = None) -> None:
+        super().__init__(message)
+        self.teacher = teacher
 
 
 class UnfinishedStoreError(StoreError):

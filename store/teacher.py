@@ -257,7 +257,8 @@ def _continued(folder: StorePath, stored: TeacherRecord, asked: TeacherRecord) -
         raise StoreMismatchError(
             f"teacher {stored.spec.name!r} is in the store already, extracted differently:\n"
             + "\n".join(lines)
-            + f"\nChoose another store path, or delete {folder} to extract it anew."
+            + f"\nChoose another store path, or delete {folder} to extract it anew.",
+            stored.spec.name,
         )
     return stored
 

@@ -64,6 +64,11 @@ class TeacherConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the network; how features are stored is the codec's matter."""
 
+    compile: bool = False
+    """Run the network through torch.compile: faster where it is extracted from for long, other
+    features in the last bits. Needs a C++ compiler (on CUDA, Triton); batches are padded to powers
+    of two, so choose such a `batch_size:`."""
+
     codec: Annotated[str, AfterValidator(_known_codec)] = "float16"
     """How features are stored: float32, float16, int8, int8-hadamard, int8-pca, int8-pcaK, or
     pca-Bbit (B from 1 to 6). What it costs is measured and shown by `sak plan` and `sak inspect`."""
@@ -77,6 +82,8 @@ class TeacherConfig(BaseModel):
     def asked(self) -> dict[str, Any]:
         """Return the settings as the store keeps them: JSON, a checkpoint by its file's name."""
         asked = self.model_dump(mode="json")
+        if not self.compile:
+            del asked["compile"]  # stores older than this setting do not name it
         if self.checkpoint is not None:
             asked["checkpoint"] = Path(self.checkpoint).name
         return asked

@@ -12,18 +12,18 @@ from store.errors import nearest
 GROUP = "sak.teachers"
 
 
-def custom_teachers() -> dict[str, EntryPoint]:
-    """Return the teachers that installed packages offer, by name.
+def custom_teachers() -> dict[str, str]:
+    """Return the teachers that installed packages offer: `module:Class` by name.
 
     Raises:
         TeacherError: two packages offer one of the same name.
     """
-    found: dict[str, EntryPoint] = {}
+    found: dict[str, str] = {}
     for entry in entry_points(group=GROUP):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value:
+        other = found.setdefault(entry.name, entry.value)
+        if other != entry.value:
             raise TeacherError(
-                f"two packages offer a teacher {entry.name!r}: {other.value} and {entry.value}; "
+                f"two packages offer a teacher {entry.name!r}: {other} and {entry.value}; "
                 f"name the class itself, custom:{entry.value}"
             )
     return found
@@ -44,7 +44,7 @@ def find_entry(name: str) -> EntryPoint:
             + (nearest(name, offered) if offered else "none offers any")
             + ". A class can be named as well: custom:my_package:MyTeacher"
         )
-    return offered[name]
+    return EntryPoint(name=name, value=offered[name], group=GROUP)
 
 
 def load_class(entry: EntryPoint) -> Any:

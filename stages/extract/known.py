@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.extract.config import TeacherConfig
+from stages.extract.entry_points import custom_teachers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ KNOWN_TEACHERS: tuple[TeacherDescription, ...] = (
 
 
 def describe_teachers(configs: Mapping[str, TeacherConfig]) -> tuple[TeacherDescription, ...]:
-    """Return the configured teachers, then the known ones that are not among them."""
+    """Return the configured teachers, then those of installed packages and the known ones."""
     licences = {known.source: known.licence for known in KNOWN_TEACHERS}
     configured = tuple(
         TeacherDescription(
@@ -78,7 +79,20 @@ def describe_teachers(configs: Mapping[str, TeacherConfig]) -> tuple[TeacherDesc
         for name, config in configs.items()
     )
     sources = {config.source for config in configs.values()}
-    return configured + tuple(known for known in KNOWN_TEACHERS if known.source not in sources)
+    offered = tuple(_offered(name, value) for name, value in custom_teachers().items())
+    known = (one for one in (*offered, *KNOWN_TEACHERS) if one.source not in sources)
+    return configured + tuple(known)
+
+
+def _offered(name: str, value: str) -> TeacherDescription:
+    """One line for a teacher that an installed package offers."""
+    return TeacherDescription(
+        name=name,
+        source=f"custom:{name}",
+        licence="see package",
+        input_size="view",
+        note=f"offered by an installed package, {value}",
+    )
 
 
 def _size(config: TeacherConfig) -> str:
@@ -87,6 +101,8 @@ def _size(config: TeacherConfig) -> str:
 
 
 def _weights(config: TeacherConfig) -> str:
+    if config.checkpoint is None and config.source.startswith("custom:"):
+        return "configured; weights of its class"
     if config.checkpoint is None:
         return "configured; weights from the Hugging Face hub"
     if not isinstance(config.checkpoint, Path):

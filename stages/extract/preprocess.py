@@ -33,14 +33,20 @@ class Preprocessing:
         pixels = view_image(image, box, self.frame.content, self.interpolation)
         return torch.from_numpy(pixels.copy())  # a copy: Pillow's pixels are read-only
 
-    def normalise(self, images: UInt8[Tensor, "B h w 3"]) -> Float32[Tensor, "B 3 H W"]:
+    def normalise(
+        self,
+        images: UInt8[Tensor, "B h w 3"],
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Float32[Tensor, "B 3 H W"]:
         """Return the network's input, computed on the device that the pixels are on.
 
         Padding is zero after normalisation, that is the teacher's mean colour, as SAM does it.
         Bytes cross to the device, a quarter of what float32 would take.
         """
         device, (height, width) = images.device, self.frame.content
-        result = torch.zeros((len(images), 3, *self.frame.size), device=device)
+        result = torch.empty(
+            (len(images), 3, *self.frame.size), device=device, memory_format=memory_format
+        ).zero_()
         content = result[:, :, :height, :width].copy_(images.permute(0, 3, 1, 2))
         # Tensors on the device: CUDA divides by a number of Python's as by its rounded reciprocal.
         largest, mean, std = (

@@ -14,6 +14,7 @@ from stages.data.sources import ImageSource
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.clock import StageClock, StageTimes, threads
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.drift import LevelDrift, measure_drift
 from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
 from stages.extract.flow import Lane, flow, in_turn
@@ -49,30 +50,42 @@ class ExtractSummary:
     shards_written: int
     stages: StageTimes | None = None
     """Where the time of the pass went, of all its teachers; None where workers did it."""
+    drift: tuple[LevelDrift, ...] = ()
+    """How far low precision is from float32, where features were computed in it."""
 
 
 def extract(
     store_path: str | StorePath,
     images: Sequence[ImageSource],
     image_size: tuple[int, int],
-    name: str,
-    teacher_config: TeacherConfig,
-    extract_config: ExtractConfig,
+    configs: Mapping[str, TeacherConfig],
+    settings: ExtractConfig,
     progress: Progress,
     stop: Stop | None = None,
-) -> ExtractSummary:
-    """Load a teacher and extract it, as `extract_teacher` does.
+) -> list[ExtractSummary]:
+    """Load teachers, by name, and extract all of them in one pass over the images.
 
     Raises:
-        TeacherError: the teacher cannot be built.
+        TeacherError: a teacher cannot be built.
         ExtractionError: see `extract_teacher`.
         StoreError: likewise.
-        Terminated: `stop` was asked for; the shard that was begun is committed.
+        Terminated: `stop` was asked for; the shards that were begun are committed.
     """
-    device = choose_device(extract_config.device)
-    teacher = load_teacher(name, teacher_config, image_size, device)
-    extraction = open_extraction(store_path, images, image_size, teacher, extract_config)
-    return run_together([extraction], progress, stop or Stop())[0]
+    device = choose_device(settings.device)
+    teachers = {
+        name: load_teacher(name, config, image_size, device) for name, config in configs.items()
+    }
+    extractions = [
+        open_extraction(store_path, images, image_size, teacher, settings)
+        for teacher in teachers.values()
+    ]
+    summaries = run_together(extractions, progress, stop or Stop())
+    for number, (name, teacher) in enumerate(teachers.items()):
+        if configs[name].precision != "fp32" and summaries[number].images:
+            rows = open_rows(store_path, images, image_size, teacher)
+            drift = measure_drift(teacher, rows, settings.batch_size, progress)
+            summaries[number] = replace(summaries[number], drift=drift)
+    return summaries
 
 
 def extract_teacher(

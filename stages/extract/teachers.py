@@ -19,7 +19,7 @@ from stages.extract.config import TeacherConfig
 from stages.extract.errors import TeacherError
 from stages.extract.geometry import InputFrame
 from stages.extract.levels import choose_taps, level_names
-from stages.extract.network import Network
+from stages.extract.network import Network, best_memory_format
 from stages.extract.preprocess import Preprocessing, probe_box, probe_image
 from stages.extract.provenance import choose_preprocessing, known_provenance, network_source
 from store.spec import GLOBAL, LevelSpec, TeacherSpec
@@ -75,9 +75,15 @@ class NetworkTeacher:
         preprocessing: Preprocessing,
         precision: str,
         device: torch.device,
+        *,
+        compiled: bool = False,
     ) -> None:
-        network.module.eval().requires_grad_(requires_grad=False).to(device)
+        self.memory_format = best_memory_format(network.module)
+        network.module.eval().requires_grad_(requires_grad=False)
+        network.module.to(device).to(memory_format=self.memory_format)
         self._network = network
+        self._compiled = compiled
+        self._tap = torch.compile(network.tap, dynamic=False) if compiled else network.tap
         self._names = names
         self._preprocessing = preprocessing
         self._dtype = _DTYPES[precision]
@@ -93,16 +99,28 @@ class NetworkTeacher:
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B h w 3"]) -> Features:
         """Return the levels of a batch, the cells over padding cut off."""
-        inputs = self._preprocessing.normalise(images.to(self._device, non_blocking=True))
+        pixels = images.to(self._device, non_blocking=True)
+        inputs = self._preprocessing.normalise(pixels, self.memory_format)
+        if self._compiled:
+            inputs = _padded(inputs)
         with self._autocast():
-            maps, pooled = self._network.tap(inputs)
-        frame = self._preprocessing.frame
+            maps, pooled = self._tap(inputs)
+        frame, count = self._preprocessing.frame, len(images)
         return Features(
             levels={
-                name: _on_view(grid, frame) for name, grid in zip(self._names, maps, strict=True)
+                name: _on_view(grid[:count], frame)
+                for name, grid in zip(self._names, maps, strict=True)
             },
-            pooled=None if pooled is None else pooled.float(),
+            pooled=None if pooled is None else pooled[:count].float(),
         )
+
+    def exact(self) -> "NetworkTeacher":
+        """Return the same weights in float32, not compiled; nothing is copied."""
+        teacher = NetworkTeacher(
+            self._network, self._names, self._preprocessing, "fp32", self._device
+        )
+        teacher.spec = self.spec
+        return teacher
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
@@ -112,7 +130,7 @@ class NetworkTeacher:
 
 def load_teacher(
     name: str, config: TeacherConfig, image_size: tuple[int, int], device: torch.device
-) -> Teacher:
+) -> NetworkTeacher:
     """Build a teacher for views of `image_size` (height, width) in pixels.
 
     One image passes through it, from which the grids of its levels are known.
@@ -130,10 +148,17 @@ def load_teacher(
     try:
         network = source.load(frame.size, taps)
         weights_digest = state_digest(network.module.state_dict())
-        teacher = NetworkTeacher(network, names, preprocessing, config.precision, device)
+        teacher = NetworkTeacher(
+            network, names, preprocessing, config.precision, device, compiled=config.compile
+        )
         pixels = teacher.preprocess(probe_image(), probe_box(image_size))
         features = teacher(pixels[None])
     except (RuntimeError, AssertionError) as error:  # how the libraries refuse a size
+        if config.compile and type(error).__module__.startswith("torch._"):  # the compiler's own
+            raise TeacherError(
+                f"{config.source} cannot be compiled here: {' '.join(str(error).split())[:300]}; "
+                "install a C++ compiler (on CUDA, Triton), or set `compile: false`"
+            ) from error
         height, width = frame.size
         raise TeacherError(
             f"{config.source} cannot be built or run for inputs of {height} x {width} pixels: "
@@ -157,6 +182,7 @@ def load_teacher(
             "weights_sha256": weights_digest,
             "taps": taps,
             "precision": config.precision,
+            **_arithmetic(teacher, config),
             **known_provenance(config, preprocessing, image_size),
         },
     )
@@ -183,6 +209,25 @@ def choose_device(name: str) -> torch.device:
             "use `auto` or `cpu`"
         )
     return device
+
+
+def _arithmetic(teacher: NetworkTeacher, config: TeacherConfig) -> dict[str, str]:
+    """Return what changes features in their last bits, where it is not the usual."""
+    said = {}
+    if teacher.memory_format == torch.channels_last:
+        said["memory_format"] = "channels_last"
+    if config.compile:
+        said["compiled_by"] = f"torch {torch.__version__}"
+    return said
+
+
+def _padded(inputs: Tensor) -> Tensor:
+    """Repeat the last image up to a power of two: a compiled network is made for each batch size.
+
+    So there are few of them, and which one serves a batch follows from the batch alone.
+    """
+    missing = (1 << (len(inputs) - 1).bit_length()) - len(inputs)
+    return torch.cat([inputs, inputs[-1:].expand(missing, -1, -1, -1)]) if missing else inputs
 
 
 def _on_view(grid: Tensor, frame: InputFrame) -> Tensor:

@@ -69,7 +69,7 @@ def test_the_store_holds_the_features_of_the_real_network(
         std=(0.5, 0.5, 0.5),
     )
     settings = ExtractConfig(batch_size=4, device="cpu")
-    summary = extract(store, sources, VIEW, name, config, settings, NoProgress())
+    (summary,) = extract(store, sources, VIEW, {name: config}, settings, NoProgress())
     assert summary.images == FRAMES
     reader = FeatureStore(store)
     for level, expected in zip((1, 2, 3, 4), by_hand(path, arguments, sources), strict=True):

@@ -1,14 +1,19 @@
 import dataclasses
 
 import numpy as np
+import open_clip
 import pytest
+import timm
+import timm.data
 import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
 from stages.data.view import Box, whole_image_box
+from stages.extract.config import TeacherConfig
 from stages.extract.geometry import InputFrame
 from stages.extract.preprocess import Preprocessing, probe_digest, probe_image
+from stages.extract.provenance import choose_preprocessing, network_source
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -80,3 +85,53 @@ def test_the_probe_has_fine_and_coarse_structure_in_all_channels() -> None:
     assert image.dtype == np.uint8
     assert len({channel.tobytes() for channel in np.moveaxis(image, -1, 0)}) == 3
     assert all(np.ptp(channel) > 150 for channel in np.moveaxis(image, -1, 0))
+
+
+VIEW = (48, 64)
+SOURCES = (
+    "timm:vit_small_patch14_dinov2.lvd142m",
+    "timm:vit_base_patch16_siglip_224.webli",
+    "timm:mobilenetv3_small_050.lamb_in1k",
+)
+
+
+def configured(source: str) -> Preprocessing:
+    config = TeacherConfig(source=source)
+    return choose_preprocessing(config, network_source(config).outline(), VIEW)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_inputs_are_those_of_timms_own_transform(source: str, image: np.ndarray) -> None:
+    """Without a crop, bit for bit: the same resize, mean and standard deviation."""
+    steps = configured(source)
+    settings = timm.data.resolve_data_config(
+        pretrained_cfg=timm.get_pretrained_cfg(source.partition(":")[2]).to_dict()
+    )
+    size = {"input_size": (3, *steps.frame.size), "crop_pct": 1.0, "crop_mode": "squash"}
+    theirs = timm.data.create_transform(**(settings | size))(Image.fromarray(image))
+    ours = network_input(steps, image, whole_image_box(60, 80, VIEW))
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16/openai", "ViT-B-16-SigLIP/webli"])
+def test_inputs_are_those_of_open_clips_own_transform(name: str, image: np.ndarray) -> None:
+    steps = configured(f"open_clip:{name}")
+    settings = open_clip.get_pretrained_cfg(*name.split("/"))
+    transform = open_clip.image_transform(
+        steps.frame.size,
+        is_train=False,
+        mean=settings["mean"],
+        std=settings["std"],
+        interpolation=settings["interpolation"],
+        resize_mode="squash",
+    )
+    ours = network_input(steps, image, whole_image_box(60, 80, VIEW))
+    torch.testing.assert_close(ours, transform(Image.fromarray(image)), atol=0, rtol=0)
+
+
+def test_memory_order_changes_no_value(image: np.ndarray) -> None:
+    steps = preprocessing((64, 64), (48, 64))
+    pixels = torch.stack([steps(image, whole_image_box(60, 80, VIEW))] * 2)
+    last = steps.normalise(pixels, torch.channels_last)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, steps.normalise(pixels))

@@ -260,7 +260,7 @@ CONFIG = TeacherConfig(source="timm:test_vit", checkpoint="random", levels=2)
 
 def test_a_configured_teacher_is_extracted(store: Path, sources: tuple[ImageSource, ...]) -> None:
     settings = ExtractConfig(batch_size=4, device="cpu", covariance=True)
-    summary = extract(store, sources, VIEW, "vit", CONFIG, settings, NoProgress())
+    (summary,) = extract(store, sources, VIEW, {"vit": CONFIG}, settings, NoProgress())
     assert summary.images == COUNT
     teacher = load_teacher("vit", CONFIG, VIEW, torch.device("cpu"))
     image = np.array(Image.open(sources[8].path))
@@ -274,11 +274,29 @@ def test_a_configured_teacher_is_extracted(store: Path, sources: tuple[ImageSour
     assert reader.teachers["vit"] == teacher.spec
 
 
+def test_low_precision_is_compared_with_float32(
+    store: Path, sources: tuple[ImageSource, ...]
+) -> None:
+    settings = ExtractConfig(batch_size=4, device="cpu")
+    low = CONFIG.model_copy(update={"precision": "bf16"})
+    (summary,) = extract(store, sources, VIEW, {"low": low}, settings, NoProgress())
+    teacher = load_teacher("low", low, VIEW, torch.device("cpu"))
+    assert [one.level for one in summary.drift] == [level.name for level in teacher.spec.levels]
+    for one, level in zip(summary.drift, teacher.spec.levels, strict=True):
+        assert one.tokens == COUNT * level.grid[0] * level.grid[1]
+        assert 0.99 < one.cosine_p01 < one.cosine_mean < 1
+        assert 1e-4 < one.relative_l2 < 0.05
+    assert not extract(store, sources, VIEW, {"exact": CONFIG}, settings, NoProgress())[0].drift
+    assert not extract(store, sources, VIEW, {"low": low}, settings, NoProgress())[
+        0
+    ].drift  # all there
+
+
 def test_another_teacher_of_the_same_name_is_refused(
     store: Path, sources: tuple[ImageSource, ...]
 ) -> None:
     settings = ExtractConfig(batch_size=4, device="cpu")
-    extract(store, sources, VIEW, "vit", CONFIG, settings, NoProgress())
+    extract(store, sources, VIEW, {"vit": CONFIG}, settings, NoProgress())
     other = CONFIG.model_copy(update={"mean": (0.1, 0.2, 0.3)})
     with pytest.raises(StoreMismatchError, match=r"preprocessing\.mean"):
-        extract(store, sources, VIEW, "vit", other, settings, NoProgress())
+        extract(store, sources, VIEW, {"vit": other}, settings, NoProgress())
