@@ -87,7 +87,7 @@ def survey(params: Params, request: PlanRequest, progress: Progress) -> Survey:
                 paths={image.id: image.path for image in sample},
             )
             settings = MeasureSettings(
-                batch_size=params.extract.batch_size,
+                batch_size=params.extract.sample_batch_size,
                 codecs=tuple(dict.fromkeys([*LADDER, params.teachers[name].codec])),
                 limits=limits,
                 student_grid=grid,

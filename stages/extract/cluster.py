@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import dask
 import torch
-from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
+from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, wait
 
 from stages.extract.errors import WorkersLostError
 from stages.extract.run import ExtractSummary
@@ -36,6 +36,11 @@ _RETRIES = 2
 _DEATHS = 10
 """Workers that may die over one unit; dask counts those in whose queue it merely was."""
 
+_SCHEDULER_GONE = (
+    "the dask scheduler is gone, or dropped the work; what is written is safe: start it again and "
+    "run the same command, it resumes"
+)
+_LOOK_SECONDS, _PATIENCE_SECONDS = 5, 300
 _LOCAL = "127.0.0.1"
 _KEPT = {"MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
 """Freed tensors stay in the process, as in the Makefile; dask's own value slows networks down."""
@@ -55,7 +60,12 @@ def local_workers(count: int, device: str) -> Iterator[Client]:
         for number in range(count)
     }
     scheduler = {"cls": Scheduler, "options": {"host": _LOCAL, "dashboard_address": None}}
-    settings = {"distributed.scheduler.allowed-failures": _DEATHS}
+    settings = {
+        "distributed.scheduler.allowed-failures": _DEATHS,
+        # Dask dismisses a worker that it has not seen for 15 s, also one that is just starting
+        # anew, which takes longer on a busy machine; then nobody would be left.
+        "distributed.deploy.lost-worker-timeout": "1h",
+    }
     with (
         dask.config.set(settings),
         SpecCluster(workers=workers, scheduler=scheduler, silence_logs=50) as cluster,
@@ -120,7 +130,7 @@ def _round(
     futures = [_submit(client, extract_unit, job, rows) for rows in missing]
     written = []
     try:
-        for future in as_completed(futures):
+        for future in _completed(client, futures):
             unit = _result(future)
             if unit.written:
                 written.append(unit)
@@ -131,6 +141,31 @@ def _round(
             _drain(client)
         raise
     return written
+
+
+def _completed(client: Client, futures: Sequence[Future]) -> Iterator[Future]:
+    """Yield futures as they complete.
+
+    Raises:
+        WorkersLostError: this machine's workers are gone for good; a cluster's may come back.
+    """
+    left, alone = set(futures), 0
+    while left:
+        try:
+            done, left = wait(list(left), timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED")
+        except TimeoutError:
+            alone = 0 if client.nthreads() or client.cluster is None else alone + 1
+            if alone * _LOOK_SECONDS >= _PATIENCE_SECONDS:
+                raise WorkersLostError(
+                    f"no worker process has come up for {_PATIENCE_SECONDS} s; if the system kills "
+                    "them for their memory, use fewer workers. What is written is safe: run the "
+                    "same command again, it resumes"
+                ) from None
+        except CancelledError as error:
+            raise WorkersLostError(_SCHEDULER_GONE) from error
+        else:
+            alone = 0
+            yield from done
 
 
 def _drain(client: Client) -> None:
@@ -176,10 +211,7 @@ def _result(future: Future) -> Any:
             "same command again, it resumes"
         ) from error
     except CancelledError as error:
-        raise WorkersLostError(
-            "the dask scheduler is gone, or dropped the work; what is written is safe: start it "
-            "again and run the same command, it resumes"
-        ) from error
+        raise WorkersLostError(_SCHEDULER_GONE) from error
 
 
 def _rows(begun: Begun) -> int:

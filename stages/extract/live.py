@@ -55,7 +55,14 @@ def check_live(
     device = choose_device(extract_config.device)
     teacher = load_teacher(name, teacher_config, image_size, device)
     return check_live_teacher(
-        store_path, images, image_size, teacher, extract_config.batch_size, sample, found, progress
+        store_path,
+        images,
+        image_size,
+        teacher,
+        extract_config.sample_batch_size,
+        sample,
+        found,
+        progress,
     )
 
 

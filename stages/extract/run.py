@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from stages.data.sources import ImageSource
+from stages.extract.batching import find_batch_size
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.clock import StageClock, StageTimes, threads
 from stages.extract.config import ExtractConfig, TeacherConfig
@@ -83,7 +84,7 @@ def extract(
     for number, (name, teacher) in enumerate(teachers.items()):
         if configs[name].precision != "fp32" and summaries[number].images:
             rows = open_rows(store_path, images, image_size, teacher)
-            drift = measure_drift(teacher, rows, settings.batch_size, progress)
+            drift = measure_drift(teacher, rows, settings.sample_batch_size, progress)
             summaries[number] = replace(summaries[number], drift=drift)
     return summaries
 
@@ -143,10 +144,12 @@ def open_extraction(
     Raises:
         ExtractionError: the store lists other images or views than the data set has.
     """
+    rows = open_rows(store_path, images, image_size, Portions(teacher))
+    size = settings.batch_size
     return Extraction(
         store_path=store_path,
-        rows=open_rows(store_path, images, image_size, Portions(teacher)),
-        batch_size=settings.batch_size,
+        rows=rows,
+        batch_size=_found_batch_size(teacher, rows) if size == "auto" else size,
         shard_bytes=settings.shard_megabytes * 2**20,
         covariance=settings.covariance,
         calibration_images=settings.calibration_images,
@@ -262,6 +265,11 @@ def _summary(
         shards_written=len(done),
         stages=times,
     )
+
+
+def _found_batch_size(teacher: Teacher, rows: RowReader) -> int:
+    good = next((row for row in range(len(rows.views)) if rows.is_ok(row)), None)
+    return 1 if good is None else find_batch_size(teacher, rows.load(good))
 
 
 def _kept(extractions: Sequence[Extraction]) -> DecodedImages | None:
