@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
-# Keep freed tensors in the process: page faults took a fifth of a convolution's time without this.
-export MALLOC_TRIM_THRESHOLD_ := 8589934592
-export MALLOC_MMAP_THRESHOLD_ := 4294967296
 
 .PHONY: demo test lint quick clean
 

@@ -10,6 +10,7 @@ from pipeline import console, teacher_commands
 from pipeline.mistakes import GuardedGroup
 from pipeline.options import DEFAULT_PARAMS, AsJson, ParamsFile
 from pipeline.report import two_columns
+from stages.memory import keep_freed_memory
 
 app = typer.Typer(
     name="sak",
@@ -22,6 +23,12 @@ app = typer.Typer(
 )
 
 app.add_typer(teacher_commands.app, name="teachers")
+
+
+@app.callback()
+def prepare() -> None:
+    """Do what every command wants done before tensors are made."""
+    keep_freed_memory()
 
 
 @app.command(epilog="Example: sak index --max-bad 0.1%")

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from stages.memory import keep_freed_memory
+
+keep_freed_memory()
+
 TINY_VIT = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
 
 

@@ -55,22 +55,24 @@ class StageClock:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + cpu_seconds
 
-    def times(self, elapsed: float, *, on_gpu: bool) -> StageTimes:
-        """Return what a pass of so many seconds was spent on."""
+    def times(self, elapsed: float, *, streams: int = 1, on_gpu: bool) -> StageTimes:
+        """Return what a pass of so many seconds was spent on, with so many forward threads."""
         return StageTimes(
             elapsed=elapsed,
             seconds=dict(self.seconds),
             cpu_seconds=dict(self.cpu_seconds),
-            forward_share=self.seconds.get("forward", 0.0) / elapsed if elapsed else 0.0,
-            bottleneck=self._bottleneck(),
+            forward_share=self.seconds.get("forward", 0.0) / (elapsed * streams),
+            bottleneck=self._bottleneck(streams),
             gpu_hours=elapsed / 3600 if on_gpu else None,
         )
 
-    def _bottleneck(self) -> str:
+    def _bottleneck(self, streams: int) -> str:
         """Return the stage whose threads were busiest, of those that share threads the longest."""
         busy = {name: value for name, value in self.seconds.items() if name not in WAITING}
         if not busy:
             return "none"
+        if "forward" in busy:
+            busy["forward"] /= streams
         reading = {name: busy.pop(name) for name in READING if name in busy}
         if reading:
             busy[max(reading, key=lambda name: reading[name])] = sum(reading.values()) / threads()

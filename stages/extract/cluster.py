@@ -42,8 +42,6 @@ _SCHEDULER_GONE = (
 )
 _LOOK_SECONDS, _PATIENCE_SECONDS = 5, 300
 _LOCAL = "127.0.0.1"
-_KEPT = {"MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
-"""Freed tensors stay in the process, as in the Makefile; dask's own value slows networks down."""
 
 
 @contextmanager
@@ -75,7 +73,7 @@ def local_workers(count: int, device: str) -> Iterator[Client]:
 
 
 def _worker(threads: int, gpu: int | None) -> dict[str, Any]:
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **_KEPT}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)

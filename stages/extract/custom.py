@@ -104,7 +104,7 @@ class CustomSource:
             self._read(module, self.checkpoint)
             weights = self.checkpoint.name
         tap = partial(_tap, module, self._label, len(found.reductions), taps)
-        return Network(module=module, tap=tap, weights=weights)
+        return Network(module=module, tap=tap, weights=weights, reentrant=False)
 
     @property
     def _label(self) -> str:

@@ -2,7 +2,7 @@
 
     read, decode, preprocess   threads, an image each
     stack                      a thread: images to a batch, pinned for a GPU
-    forward                    the caller's thread, one batch of one teacher after the other
+    forward                    a thread, two where a processor computes; batches in turn
     encode, write              a thread: codes on the teacher's device, then into the shard
 
 Between any two of them only so much may wait as `_AHEAD` says; memory does not depend on how many
@@ -15,6 +15,7 @@ Letters: `B` batch.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import merge
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from stages.extract.clock import StageClock, threads
 from stages.extract.encode import Encoder, refuse_unstorable
 from stages.extract.reading import RowReader
-from stages.extract.teachers import Features
+from stages.extract.teachers import Features, Teacher
 from stages.progress import Progress
 from stages.stopping import Stop
 from store.writer import FeatureWriter
@@ -82,6 +83,7 @@ def flow(
     clock: StageClock,
     progress: Progress,
     stop: Stop,
+    streams: int = 1,
 ) -> None:
     """Take every step, in order, and write what comes of it; returns when all is written.
 
@@ -91,22 +93,58 @@ def flow(
         ExtractionError: an image changed or cannot be fetched, or features cannot be stored.
         StoreError: the store cannot be written. Shards that were complete are safe.
     """
+    answering: deque[tuple[Step, Future[_Answer]]] = deque()
     writing: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        for step, inputs in read_steps(steps, clock):
-            if not step.lane.begins(step, stop):
-                inputs.cancel()
-                continue
-            with clock.stage("wait for images"):
-                images = inputs.result()
-            answer = _forward(step, images, clock)
-            writing.append(writer.submit(_store, step, answer, clock, progress, stop))
-            with clock.stage("wait for writing"):
-                while len(writing) > _AHEAD:
-                    writing.popleft().result()
+
+    def pass_on() -> None:
+        """Hand the oldest answer to the writer, as soon as there is room."""
+        step, answer = answering.popleft()
+        writing.append(writer.submit(_store, step, answer.result(), clock, progress, stop))
+        with clock.stage("wait for writing"):
+            while len(writing) > _AHEAD:
+                writing.popleft().result()
+
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        _threads_per_stream(streams),
+        ThreadPoolExecutor(streams, thread_name_prefix="forward") as forward,
+    ):
+        try:
+            for step, inputs in read_steps(steps, clock):
+                if not step.lane.begins(step, stop):
+                    inputs.cancel()
+                    continue
+                with clock.stage("wait for images"):
+                    images = inputs.result()
+                answering.append((step, forward.submit(_forward, step, images, clock)))
+                if len(answering) > streams:
+                    pass_on()
+        finally:
+            while answering:
+                pass_on()
         with clock.stage("wait for writing"):
             while writing:
                 writing.popleft().result()
+
+
+def streams_of(teachers: Iterable[Teacher]) -> int:
+    """Return how many batches to compute side by side.
+
+    Two on a processor, each on half of its cores: when decoding or writing takes a core away, one
+    waits for it and the other does not. One for a GPU, and for teachers of others' making.
+    """
+    several = all(getattr(teacher, "reentrant", False) for teacher in teachers)
+    return 2 if several and not torch.cuda.is_available() and torch.get_num_threads() > 1 else 1
+
+
+@contextmanager
+def _threads_per_stream(streams: int) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // streams))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_turn(lanes: Sequence[tuple[Lane, Iterator[range]]]) -> Iterator[Step]:
@@ -178,9 +216,18 @@ def _event() -> torch.cuda.Event:
 
 
 def _store(step: Step, answer: _Answer, clock: StageClock, progress: Progress, stop: Stop) -> None:
-    lane = step.lane
-    if not lane.begins(step, stop):
+    if not step.lane.begins(step, stop):
         return
+    try:
+        _encode_and_write(step, answer, clock)
+    except BaseException:
+        step.lane.dropped.add(step.shard)  # its other batches have nowhere to go
+        raise
+    progress.advance(len(step.rows))
+
+
+def _encode_and_write(step: Step, answer: _Answer, clock: StageClock) -> None:
+    lane = step.lane
     if answer.events is not None:  # a GPU answers before it is done
         answer.events[1].synchronize()
         clock.add("forward", answer.events[0].elapsed_time(answer.events[1]) / 1000)
@@ -191,4 +238,3 @@ def _store(step: Step, answer: _Answer, clock: StageClock, progress: Progress, s
         codes = lane.encoder(answer.features, answer.valid)
     with clock.stage("write"):
         lane.writer.write_codes(step.rows, codes, answer.valid)
-    progress.advance(len(step.rows))

@@ -34,12 +34,13 @@ class Outline:
 class Network:
     """A network with its weights; `tap` maps images B 3 H W through `module` to its layers.
 
-    `weights` says where they came from.
+    `weights` says where they came from; `reentrant` whether threads may run it at the same time.
     """
 
     module: nn.Module
     tap: Callable[[Tensor], Tapped]
     weights: str
+    reentrant: bool = True
 
 
 @runtime_checkable

@@ -32,6 +32,11 @@ class Portions:
         """What the teacher gives."""
         return self._teacher.spec
 
+    @property
+    def reentrant(self) -> bool:
+        """Whether threads may ask it at the same time."""
+        return bool(getattr(self._teacher, "reentrant", False))
+
     def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
         """Return the teacher's input for the part `box` of an RGB image."""
         return self._teacher.preprocess(image, box)

@@ -18,7 +18,7 @@ from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.drift import LevelDrift, measure_drift
 from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
-from stages.extract.flow import Lane, flow, in_turn
+from stages.extract.flow import Lane, flow, in_turn, streams_of
 from stages.extract.portions import Portions
 from stages.extract.reading import DecodedImages, RowReader, open_rows
 from stages.extract.sharing import write_missing
@@ -217,7 +217,7 @@ class Extraction:
         """Compute and commit shards that `writer` has claimed, in this order."""
         clock = StageClock()
         lane = self.lane(writer, clock, _kept([self]))
-        flow(lane.steps(shards), clock, NoProgress(), Stop())
+        flow(lane.steps(shards), clock, NoProgress(), Stop(), streams_of([lane.rows.teacher]))
 
 
 def run_together(
@@ -233,18 +233,21 @@ def run_together(
         lanes = [
             one.lane(writer, clock, kept) for one, writer in zip(extractions, writers, strict=True)
         ]
+        streams = streams_of(lane.rows.teacher for lane in lanes)
         missing = sum(len(rows) for writer in writers for rows in writer.missing())
         names = ", ".join(one.spec.name for one in extractions)
         progress.start(f"extract {names}", missing)
         started = time.perf_counter()
 
         def write(shards: Sequence[Iterator[range]]) -> None:
-            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop)
+            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop, streams)
 
         done = write_missing(writers, write, progress, stop)
         for writer in writers:
             writer.finish()
-        times = clock.times(time.perf_counter() - started, on_gpu=torch.cuda.is_available())
+        times = clock.times(
+            time.perf_counter() - started, streams=streams, on_gpu=torch.cuda.is_available()
+        )
         return [
             _summary(*one, times) for one in zip(extractions, writers, done, strict=True)
         ]  # fmt: skip

@@ -114,6 +114,11 @@ class NetworkTeacher:
             pooled=None if pooled is None else pooled[:count].float(),
         )
 
+    @property
+    def reentrant(self) -> bool:
+        """Whether threads may ask it at the same time."""
+        return self._network.reentrant and not self._compiled
+
     def exact(self) -> "NetworkTeacher":
         """Return the same weights in float32, not compiled; nothing is copied."""
         teacher = NetworkTeacher(

@@ -19,6 +19,7 @@ from stages.data.dataset import open_dataset
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.run import Extraction, open_extraction
 from stages.extract.teachers import choose_device, load_teacher
+from stages.memory import keep_freed_memory
 from stages.progress import NoProgress
 from store.remote import locate
 from store.tables import read_root
@@ -127,6 +128,7 @@ def wait_for_unit() -> None:
 
 
 def _open(job: Job) -> Extraction:
+    keep_freed_memory()
     device = choose_device(job.settings.device)
     return open_extraction(
         job.store,

@@ -115,7 +115,12 @@ def test_the_bottleneck_is_the_stage_whose_threads_are_busiest(
 ) -> None:
     monkeypatch.setattr("stages.extract.clock.threads", lambda: 4)
     clock = StageClock()
-    for stage, seconds in [("decode", 6.0), ("read", 2.0), ("forward", 3.0), ("wait for images", 9.0)]:
+    for stage, seconds in [
+        ("decode", 6.0),
+        ("read", 2.0),
+        ("forward", 3.0),
+        ("wait for images", 9.0),
+    ]:
         clock.add(stage, seconds)
     assert clock.times(10.0, on_gpu=False).bottleneck == "forward"
     clock.add("decode", 6.0)
