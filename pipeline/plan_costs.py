@@ -1,6 +1,7 @@
 """Time and money of an extraction, and when it pays: pure arithmetic on measured seconds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -8,9 +9,9 @@ from dataclasses import asdict, dataclass
 class Pace:
     """Seconds per image of what extraction does with it.
 
-    `overlap`: on a GPU, reading threads decode while the loop runs; on the CPU they share its
-    cores with the teacher, so that times add up. The loop itself does forward, encode and write
-    one after the other (see `stages.extract.run`). `write` is None where it was not measured.
+    On a GPU (`overlap`) reading, the teacher, and encoding with writing run side by side, and the
+    slowest sets the pace (see `stages.extract.flow`); on the CPU all but the disk share its cores,
+    so that times add up. `write` is None where it was not measured.
     """
 
     decode: float
@@ -22,21 +23,35 @@ class Pace:
     @property
     def seconds(self) -> float:
         """Seconds per image in all."""
-        return max(self.decode, self._loop) if self.overlap else self.decode + self._loop
-
-    @property
-    def _loop(self) -> float:
-        return self.forward + self.encode + (self.write or 0.0)
+        write = self.write or 0.0
+        if self.overlap:
+            return max(self.decode, self.forward, self.encode + write)
+        return max(self.decode + self.forward + self.encode, write)
 
     @property
     def bottleneck(self) -> str:
         """What to make faster first: decode, forward, encode or write."""
-        steps = {"forward": self.forward, "encode": self.encode, "write": self.write or 0.0}
-        if not self.overlap:
-            steps["decode"] = self.decode
-        elif self.decode >= self._loop:
-            return "decode"
+        steps = {
+            "decode": self.decode,
+            "forward": self.forward,
+            "encode": self.encode,
+            "write": self.write or 0.0,
+        }
         return max(steps, key=lambda name: steps[name])
+
+
+def one_pass(paces: Sequence[Pace], shared: Sequence[float]) -> float:
+    """Return seconds per image of all teachers in one pass.
+
+    `shared` is the part of each teacher's `decode` that is the same for all: to read and decode.
+    """
+    return Pace(
+        decode=sum(pace.decode for pace in paces) - (sum(shared) - max(shared)),
+        forward=sum(pace.forward for pace in paces),
+        encode=sum(pace.encode for pace in paces),
+        write=sum(pace.write or 0.0 for pace in paces),
+        overlap=paces[0].overlap,
+    ).seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

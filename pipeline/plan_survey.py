@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.params import Params
 from pipeline.plan_budget import Option
-from pipeline.plan_costs import Comparison, Pace
+from pipeline.plan_costs import Comparison, Pace, one_pass
 from stages.extract.measure import TeacherCost
 from store.calibration import Fidelity
 from store.codecs import parse_codec
@@ -113,6 +113,12 @@ class Survey:
         extra = min(self.params.extract.calibration_images, self.rows) if fitted else 0
         forward = replace(pace, encode=0.0, write=None).seconds
         return self.rows * pace.seconds + extra * forward
+
+    def together(self) -> float:
+        """Return how long all teachers take in one pass; rows for codecs are not included."""
+        paces = [self.pace(name) for name in self.costs]
+        shared = [cost.shared_seconds for cost in self.costs.values()]
+        return self.rows * one_pass(paces, shared)
 
     def total(self) -> Size:
         """Return what the whole store takes as the parameter file asks."""

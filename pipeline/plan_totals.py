@@ -31,6 +31,7 @@ def total_report(survey: Survey, request: PlanRequest) -> Report:
         "store": f"{decimal(size.bytes)} in {size.files:,} files",
         **_disk_lines(survey, size.bytes),
         "extraction": f"{duration(seconds)}, held up by {_slowest(survey)}",
+        **_together_line(survey, seconds),
         **{name: f"{price:,.2f}" for name, price in prices.items()},
         **_comparison_lines(comparison),
     }
@@ -43,6 +44,7 @@ def total_report(survey: Survey, request: PlanRequest) -> Report:
         "disk": None if survey.disk is None else asdict(survey.disk),
         "seconds": seconds,
         "bottleneck": _slowest(survey),
+        "together_seconds": survey.together(),
         "prices": prices,
         "comparison": None if comparison is None else comparison.to_json(),
     }
@@ -67,6 +69,14 @@ def _disk_lines(survey: Survey, needed: int) -> dict[str, str]:
         "disk speed": f"writes {decimal(int(disk.write_rate))}/s until durable, "
         f"reads {decimal(int(disk.read_rate))}/s",
     }
+
+
+def _together_line(survey: Survey, seconds: float) -> dict[str, str]:
+    if len(survey.costs) == 1:
+        return {}
+    together = survey.together()
+    advice = "worth it if all teachers fit into memory" if together < 0.95 * seconds else "no gain"
+    return {"in one pass": f"{duration(together)} with `sak extract-teachers --together`: {advice}"}
 
 
 def _slowest(survey: Survey) -> str:

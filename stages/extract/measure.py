@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.extract.calibrate import batches, is_held_out
+from stages.extract.clock import READING, StageClock
 from stages.extract.encode import refuse_unstorable
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.measure_codecs import CodecCost, EncodingSample, measure_codec
@@ -64,6 +65,8 @@ class TeacherCost:
     images: int
     batch_size: int
     decode_seconds: float
+    shared_seconds: float
+    """The part of `decode_seconds` that is the same for every teacher: to read and decode."""
     forward_seconds: float
     held_out: int
     tokens: int
@@ -101,12 +104,19 @@ def measure_teacher(rows: RowReader, settings: MeasureSettings, progress: Progre
         images=len(chosen),
         batch_size=min(settings.batch_size, len(chosen)),
         decode_seconds=decode_seconds,
+        shared_seconds=decode_seconds * _shared(rows.clock),
         forward_seconds=forward_seconds,
         held_out=sum(map(is_held_out, range(len(chosen)))),
         tokens=min(gathered.calibration.held_out_tokens(one) for one in spec.targets),
         codecs=codecs,
         blur=gathered.blur(),
     )
+
+
+def _shared(clock: StageClock) -> float:
+    """Return the share of reading threads' time that does not depend on the teacher."""
+    every = sum(clock.seconds.get(stage, 0.0) for stage in READING)
+    return 1 - clock.seconds.get("preprocess", 0.0) / every if every else 0.0
 
 
 def _decode(

@@ -46,7 +46,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["memory", "workers", "start"])
-    parser.add_argument("--images", type=int, default=128, help="of `workers`")
+    parser.add_argument("--images", type=int, default=192, help="of `workers`")
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -97,7 +97,12 @@ def workers(folder: Path, count: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"round": number}
         for amount in (1, 2):
             project = Project(
-                folder / f"{number}-{amount}", images, {"imagenet": REAL["imagenet"]}, [448, 576], 8
+                folder / f"{number}-{amount}",
+                images,
+                {"imagenet": REAL["imagenet"]},
+                [448, 576],
+                8,
+                shard_megabytes=2,  # so many shards that nobody waits long for the last one
             )
             project.sak("index")
             project.sak("extract-teachers", "--workers", str(amount), **ONE_THREAD)
@@ -133,6 +138,7 @@ class Project:
         teachers: dict[str, Any],
         size: list[int],
         batch_size: int,
+        shard_megabytes: int = 16,
     ) -> None:
         folder.mkdir()
         self.store = folder / "features.zarr"
@@ -145,8 +151,8 @@ class Project:
             "image_size": size,
             "teachers": teachers,
             "extract": {
-                "batch_size": batch_size, "shard_megabytes": 16, "equivariance_images": 0,
-                "device": "cpu",
+                "batch_size": batch_size, "shard_megabytes": shard_megabytes,
+                "equivariance_images": 0, "device": "cpu",
             },
         }  # fmt: skip
         self._params.write_text(yaml.safe_dump(params))

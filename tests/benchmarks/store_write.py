@@ -27,6 +27,7 @@ import torch
 
 from stages.extract.encode import Encoder
 from stages.extract.teachers import Features
+from stages.memory import keep_freed_memory
 from store.calibration import Calibration
 from store.create import create_store
 from store.reader import FeatureStore
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory", nargs=3, metavar=("TEACHER", "CODEC", "ROWS"))
     arguments = parser.parse_args()
+    keep_freed_memory()  # as `sak` does
     if arguments.memory:
         teacher, codec, rows = arguments.memory
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pipeline import planning
 from pipeline.cli import app
 from pipeline.params import load_params
-from pipeline.plan_costs import Comparison, Pace, duration
+from pipeline.plan_costs import Comparison, Pace, duration, one_pass
 from pipeline.plan_survey import PlanRequest
 from stages.progress import NoProgress
 from tests.conftest import tiny_project
@@ -149,11 +149,20 @@ def test_object_storage_is_planned_without_a_disk(tiny_params: Path) -> None:
 
 def test_steps_add_up_on_the_cpu_and_overlap_on_a_gpu() -> None:
     cpu = Pace(decode=4.0, forward=3.0, encode=2.0, write=1.0, overlap=False)
-    assert (cpu.seconds, cpu.bottleneck) == (10, "decode")
-    gpu = Pace(decode=4.0, forward=3.0, encode=2.0, write=1.0, overlap=True)
-    assert (gpu.seconds, gpu.bottleneck) == (6, "forward")
+    assert (cpu.seconds, cpu.bottleneck) == (9, "decode")
+    disk = Pace(decode=4.0, forward=3.0, encode=2.0, write=11.0, overlap=False)
+    assert (disk.seconds, disk.bottleneck) == (11, "write")
+    gpu = Pace(decode=4.0, forward=5.0, encode=2.0, write=1.0, overlap=True)
+    assert (gpu.seconds, gpu.bottleneck) == (5, "forward")
     slow = Pace(decode=7.0, forward=3.0, encode=2.0, write=None, overlap=True)
     assert (slow.seconds, slow.bottleneck) == (7, "decode")
+
+
+def test_one_pass_decodes_once() -> None:
+    cpu = Pace(decode=4.0, forward=3.0, encode=2.0, write=1.0, overlap=False)
+    assert one_pass([cpu, cpu, cpu], [3.0, 3.0, 3.0]) == 3 * 9 - 2 * 3
+    gpu = Pace(decode=4.0, forward=1.0, encode=0.5, write=0.5, overlap=True)
+    assert one_pass([gpu, gpu], [3.0, 3.0]) == 5
 
 
 @pytest.mark.parametrize(
