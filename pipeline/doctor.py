@@ -71,7 +71,7 @@ def _parameter_checks(path: Path, machine: list[Check]) -> list[Check]:
         return [*checks, fail("store", str(error), "correct `store:`")]
     if isinstance(store, Path):
         whole = images is not None and len(specs) == len(params.teachers)
-        needed = _still_needed(store, specs, images or 0) if whole else None
+        needed = _still_needed(store, specs, (images or 0) * params.views.count) if whole else None
         checks.append(check_disk(store, needed))
     return [*checks, *check_store(store, params)]
 
@@ -140,10 +140,10 @@ def _check_written(path: StorePath, name: str, teacher: TeacherSummary | None) -
     return warn(label, f"{teacher.coverage:.0%} extracted", f"{command} goes on")
 
 
-def _still_needed(store: Path, specs: Iterable[TeacherSpec], images: int) -> int:
+def _still_needed(store: Path, specs: Iterable[TeacherSpec], rows: int) -> int:
     """Return about how many bytes are still to be written; `sak plan` knows it exactly."""
     specs = list(specs)
-    total = sum(_row_bits(spec) * images // 8 for spec in specs)
+    total = sum(_row_bits(spec) * rows // 8 for spec in specs)
     return max(0, total - bytes_there(store, [spec.name for spec in specs]))
 
 

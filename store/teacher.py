@@ -186,7 +186,7 @@ def begin_teacher(
         _refuse_other_cut(folder, stored)
         record = _continued(folder, stored, asked)
         if record.images_digest != stored.images_digest:
-            _reopen_admitted(folder, stored.layout)
+            reopen_admitted(folder, stored.layout)
         write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         remove_tree(folder / "valid")
@@ -201,7 +201,7 @@ def begin_teacher(
     return record
 
 
-def _reopen_admitted(folder: StorePath, layout: TeacherLayout) -> None:
+def reopen_admitted(folder: StorePath, layout: TeacherLayout) -> None:
     """Take back the mark of every shard that holds no features of an image that is ok now.
 
     While the description is still that of before: if this is stopped, it is done again.

@@ -34,6 +34,7 @@ from store.teacher import (
     begin_teacher,
     missing_shards,
     read_record,
+    reopen_admitted,
     write_record,
 )
 from store.values import check_codes, check_values
@@ -244,6 +245,7 @@ class FeatureWriter:
                 if pending.full:
                     self._lock.check()
                     self._claims[pending.shard].check()
+                    self._refuse_other_record()
                     pending.commit()
                     self._pending = None
                     self._claims.pop(pending.shard).release()
@@ -259,16 +261,16 @@ class FeatureWriter:
             StoreError: every row is quarantined, the disk is full, or the teacher was deleted, or
                 grew, since this writer was opened.
         """
-        if missing := self.missing():
-            raise UnfinishedStoreError(
-                f"{sum(map(len, missing))} of {self._record.rows} rows of teacher "
-                f"{self._record.spec.name!r} are not written yet, from row {missing[0].start} on"
-            )
+        self._refuse_missing()
         with teacher_turn(self._folder) as turn:
             self._record = self._refuse_other_record()
             remove_stale_locks(self._folder, self._lock)
             if self._record.finished:
                 return
+            # Committed by one who had not seen yet that their images were let in.
+            reopen_admitted(self._folder, self._layout)
+            self._missing = None
+            self._refuse_missing()
             self._lock.check()
             with full_disk_refused(self._folder, lambda: "Every shard is safe"):
                 remove_partials(self._folder)
@@ -276,6 +278,14 @@ class FeatureWriter:
                 turn.check()
                 self._set_finished(True)
         _logger.info("finished teacher %s: %d rows", self._record.spec.name, self._record.rows)
+
+    def _refuse_missing(self) -> None:
+        if missing := self.missing():
+            raise UnfinishedStoreError(
+                f"{sum(map(len, missing))} of {self._record.rows} rows of teacher "
+                f"{self._record.spec.name!r} are not written yet, from row {missing[0].start} on; "
+                "run `sak extract-teachers` again"
+            )
 
     def close(self) -> None:
         """Drop a begun shard and leave what was claimed to others; a second call does nothing."""

@@ -62,7 +62,7 @@ def local_workers(count: int, device: str) -> Iterator[Client]:
         number: {"cls": Nanny, "options": _worker(threads, number % gpus if gpus else None)}
         for number in range(count)
     }
-    scheduler = {"cls": Scheduler, "options": {"host": _LOCAL, "dashboard_address": None}}
+    scheduler = {"cls": Scheduler, "options": {"host": _LOCAL, "dashboard_address": f"{_LOCAL}:0"}}
     settings = {
         "distributed.scheduler.allowed-failures": _DEATHS,
         # Dask dismisses a worker that it has not seen for 15 s, also one that is just starting
@@ -95,7 +95,7 @@ def scheduler_workers(address: str) -> Iterator[Client]:
     Raises:
         OSError: nothing answers there.
     """
-    with Client(address, timeout="20s", set_as_default=False) as client:
+    with Client(address, timeout="20s") as client:
         yield client
 
 
@@ -130,9 +130,13 @@ def _round(
     client: Client, job: Job, missing: Sequence[range], progress: Progress
 ) -> list[UnitSummary]:
     """Have every one of these shards computed that nobody else is at; return those written."""
-    futures = [_submit(client, extract_unit, job, rows) for rows in missing]
+    futures: list[Future] = []
     written = []
     try:
+        resources = _resources(client)
+        futures.extend(
+            _submit(client, extract_unit, job, rows, resources=resources) for rows in missing
+        )
         for future in _completed(client, futures):
             unit = _result(future)
             if unit.written:
@@ -172,14 +176,19 @@ def _completed(client: Client, futures: Sequence[Future]) -> Iterator[Future]:
 
 
 def _drain(client: Client) -> None:
-    """Wait until no worker is at a unit; dask cannot stop what runs, only what waits."""
-    tasks = [_submit(client, wait_for_unit, workers=[one]) for one in client.nthreads()]
-    for task in tasks:
-        _result(task)
+    """Wait until no worker is at a unit; dask cannot stop what runs, only what waits.
+
+    A worker that was told to end as well comes back, if at all, under another address.
+    """
+    tasks = {one: _submit(client, wait_for_unit, workers=[one]) for one in client.nthreads()}
+    while tasks:
+        alive = client.nthreads()
+        tasks = {one: task for one, task in tasks.items() if one in alive and not task.done()}
+        time.sleep(0.2)
 
 
 def _one(client: Client, function: Callable[[Job], _Result], job: Job) -> _Result:
-    answer: _Result = _result(_submit(client, function, job))
+    answer: _Result = _result(_submit(client, function, job, resources=_resources(client)))
     return answer
 
 
@@ -192,7 +201,6 @@ def _submit(
         key=f"sak-{function.__name__}-{uuid4().hex}",
         pure=False,
         retries=_RETRIES,
-        resources=_resources(client),
         **options,
     )
 

@@ -141,6 +141,8 @@ def _tap(
             f"{label}: forward must return (maps, pooled), got {type(answer).__name__}"
         )
     maps, pooled = answer
+    if not isinstance(maps, list | tuple) or not all(isinstance(one, Tensor) for one in maps):
+        raise TeacherError(f"{label}: the maps must be a list of tensors, got {maps!r:.80}")
     if len(maps) != count or any(one.ndim != 4 for one in maps):
         shapes = [tuple(one.shape) for one in maps]
         raise TeacherError(

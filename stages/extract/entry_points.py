@@ -62,6 +62,11 @@ def load_class(entry: EntryPoint) -> Any:
         ) from error
     except AttributeError as error:
         raise UnknownTeacherError(f"custom:{entry.name}: {error}") from error
+    except Exception as error:  # whatever a module of the user's does when it is imported
+        raise UnknownTeacherError(
+            f"custom:{entry.name}: importing {entry.value} fails with "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def package_of(module: str) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -140,7 +140,11 @@ def _open(job: Job) -> Extraction:
 
 
 def _absolute(config: _Config) -> _Config:
-    paths: Mapping[str, Path] = {
+    paths: Mapping[str, Any] = {
         name: value.absolute() for name, value in config if isinstance(value, Path)
     }
+    patterns = getattr(config, "shards", ())
+    if patterns:  # of a WebDataset: paths or URLs with wildcards
+        local = (one if "://" in one else str(Path(one).absolute()) for one in patterns)
+        paths = {**paths, "shards": tuple(local)}
     return config.model_copy(update=dict(paths))

@@ -197,6 +197,24 @@ def test_a_writer_that_was_open_is_caught_up_with(path: Path) -> None:
     assert len(extract(path)) == 3
 
 
+def test_a_shard_begun_before_its_image_was_let_in_is_not_committed(tmp_path: Path) -> None:
+    path, valid = tmp_path / "store", np.array([row != 1 for row in range(8)])
+    create_store(path, sample_images(8, (1,)), sample_views(8))
+    with FeatureWriter.open(path, SPEC, FOUR_ROWS) as before:
+        assert before.claim(range(4))
+        write_rows(before, SPEC, range(2), valid)
+        admit_images(path, sample_images(8), sample_views(8))
+        with FeatureWriter.open(path, SPEC, FOUR_ROWS) as after:
+            with pytest.raises(StoreMismatchError, match="run the same command again"):
+                write_rows(before, SPEC, range(2, 4), valid)
+            before.close()
+            for rows in after.missing():
+                write_rows(after, SPEC, rows)
+            after.finish()
+    assert FeatureStore(path).valid("small").all()
+    assert verify(path).clean
+
+
 def test_index_is_told_to_admit(path: Path) -> None:
     with pytest.raises(StoreMismatchError, match=r"2 quarantined .*--retry-quarantined` lets"):
         create_store(path, sample_images(11, (5,)), sample_views(11))
