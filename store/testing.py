@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,41 @@ def kill_at_call(number: int, names: Sequence[str]) -> None:
 
     for name in names:
         setattr(os, name, counted(name))
+
+
+KILL_LOOP = """
+import os, shutil, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+for number in range(1, 10_000, int(sys.argv[2])):
+    path = folder / str(number) / "store"
+    shutil.copytree(folder / "store", path)
+    ends = []
+    again = [1 + 7 * number % 61] * (number % 2)  # every other time the one who resumes is, too
+    for kill_at in (number, *again):
+        child = os.fork()
+        if child == 0:
+            kill_at_call(kill_at, ("write", "fsync", "replace", "unlink", "rmdir", "mkdir"))
+            run(path)
+            os._exit(0)
+        ends.append(os.waitpid(child, 0)[1])
+    if ends[0] == 0:
+        break
+print(number)
+"""
+"""Ends a script that defines `run(path)`: kills it at every `argv[2]`-th call of the system, each
+time on a copy of the store in the folder `argv[1]`, until it gets through; prints at which call."""
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, by its path in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by its path in it."""
+    return {name: sha256(data).hexdigest() for name, data in file_contents(folder).items()}

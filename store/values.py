@@ -7,10 +7,46 @@ from numpy.typing import NDArray
 
 from store.codecs import FLOAT16_MAX, Codes, Values
 from store.errors import StoreError
+from store.spec import GLOBAL, TeacherSpec
 from store.teacher_layout import TeacherLayout
 
 _EXPONENTS = {"<f2": ("<u2", 0x7C00), "<f4": ("<u4", 0x7F800000)}
 """For each float type the integer of its size, and the bits that only NaN and infinity fill."""
+
+
+def check_rows(
+    spec: TeacherSpec,
+    rows: range,
+    levels: Mapping[str, Values],
+    pooled: Values | None,
+    valid: NDArray[np.bool_],
+) -> dict[str, Values]:
+    """Return the features of `rows` by level and `global`, after checking that they can be stored.
+
+    Raises:
+        StoreError: wrong names or shapes, or values that `check_values` refuses.
+    """
+    given = dict(levels) if pooled is None else {**levels, GLOBAL: pooled}
+    shapes: dict[str, tuple[int, ...]] = {
+        level.name: (*level.grid, level.channels) for level in spec.levels
+    }
+    if spec.global_channels is not None:
+        shapes[GLOBAL] = (spec.global_channels,)
+    if given.keys() != shapes.keys():
+        raise StoreError(
+            f"teacher {spec.name!r} has {', '.join(shapes)}; got {', '.join(given) or 'nothing'}"
+        )
+    if valid.shape != (len(rows),):
+        raise StoreError(f"valid must have shape {(len(rows),)}, got {valid.shape}")
+    for level, shape in shapes.items():
+        where = f"teacher {spec.name!r}, level {level!r}"
+        if given[level].shape != (len(rows), *shape):
+            raise StoreError(
+                f"{where}: expected shape {(len(rows), *shape)}, got {given[level].shape}"
+            )
+        narrow = spec.codec == "float16" or (level == GLOBAL and spec.codec != "float32")
+        check_values(given[level], valid, rows.start, where, FLOAT16_MAX if narrow else np.inf)
+    return given
 
 
 def check_values(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import write_array
-from store.codecs import FLOAT16_MAX, FLOATS, Codec, Codes, FloatCodec, Values
+from store.codecs import FLOATS, Codec, Codes, FloatCodec, Values
 from store.create import create_store
 from store.disk import refuse_full_disk
 from store.documents import write_document
@@ -37,7 +37,7 @@ from store.teacher import (
     reopen_admitted,
     write_record,
 )
-from store.values import check_codes, check_values
+from store.values import check_codes, check_rows
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
 
@@ -214,7 +214,7 @@ class FeatureWriter:
                 exceed float16, or a full disk. The begun shard is dropped, all others are safe.
         """
         try:
-            values = self._checked(rows, levels, pooled, valid)
+            values = check_rows(self._record.spec, rows, levels, pooled, valid)
             codes = encode(self._layout, self._codecs, values, valid, self._pool)
         except BaseException:
             self._drop()
@@ -267,10 +267,11 @@ class FeatureWriter:
             remove_stale_locks(self._folder, self._lock)
             if self._record.finished:
                 return
-            # Committed by one who had not seen yet that their images were let in.
-            reopen_admitted(self._folder, self._layout)
-            self._missing = None
-            self._refuse_missing()
+            if read_root(self._folder.parent).earlier:
+                # Committed by one who had not seen yet that their images were let in.
+                reopen_admitted(self._folder, self._layout)
+                self._missing = None
+                self._refuse_missing()
             self._lock.check()
             with full_disk_refused(self._folder, lambda: "Every shard is safe"):
                 remove_partials(self._folder)
@@ -349,36 +350,6 @@ class FeatureWriter:
         layout = self._layout
         arrays = [*layout.features().values(), *layout.commits(), layout.valid()]
         return sum(array.file_bytes(shard) for array in arrays)
-
-    def _checked(
-        self,
-        rows: range,
-        levels: Mapping[str, Values],
-        pooled: Values | None,
-        valid: NDArray[np.bool_],
-    ) -> dict[str, Values]:
-        spec = self._record.spec
-        given = dict(levels) if pooled is None else {**levels, GLOBAL: pooled}
-        shapes: dict[str, tuple[int, ...]] = {
-            level.name: (*level.grid, level.channels) for level in spec.levels
-        }
-        if spec.global_channels is not None:
-            shapes[GLOBAL] = (spec.global_channels,)
-        if given.keys() != shapes.keys():
-            raise StoreError(
-                f"teacher {spec.name!r} has {', '.join(shapes)}; got {', '.join(given) or 'nothing'}"
-            )
-        if valid.shape != (len(rows),):
-            raise StoreError(f"valid must have shape {(len(rows),)}, got {valid.shape}")
-        for level, shape in shapes.items():
-            where = f"teacher {spec.name!r}, level {level!r}"
-            if given[level].shape != (len(rows), *shape):
-                raise StoreError(
-                    f"{where}: expected shape {(len(rows), *shape)}, got {given[level].shape}"
-                )
-            narrow = spec.codec == "float16" or (level == GLOBAL and spec.codec != "float32")
-            check_values(given[level], valid, rows.start, where, FLOAT16_MAX if narrow else np.inf)
-        return given
 
     def _state(self) -> str:
         features = self._layout.features().values()

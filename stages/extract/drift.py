@@ -1,6 +1,5 @@
 """What low precision costs: a teacher's features against those of the same weights in float32."""
 
-import os
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.extract.calibrate import batches, choose_rows
+from stages.extract.clock import threads
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import NetworkTeacher
 from stages.progress import Progress
@@ -44,8 +44,7 @@ def measure_drift(
     chosen = choose_rows(rows, DRIFT_IMAGES)
     sums = {level.name: _Sums() for level in teacher.spec.levels}
     progress.start(f"compare {teacher.spec.name} with float32", len(chosen))
-    threads = os.cpu_count() or 1
-    with closing(read_ahead(rows.load, chosen, threads, 2 * batch_size)) as inputs:
+    with closing(read_ahead(rows.load, chosen, threads(), 2 * batch_size)) as inputs:
         for batch in batches(inputs, batch_size):
             rough, fine = teacher(batch).levels, exact(batch).levels
             for name, seen in sums.items():

@@ -17,7 +17,6 @@ Letters: `B` batch, `C` channels, `h w` cells of a grid.
 """
 
 import heapq
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch.nn import functional
 
 from stages.data.view import Box, view_image, whole
 from stages.extract.calibrate import sampling_order
+from stages.extract.clock import threads
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Teacher
@@ -59,9 +59,8 @@ def keep_equivariance(
     if has_equivariance(folder) or not chosen:
         return
     progress.start(f"equivariance {spec.name}", len(chosen))
-    threads = os.cpu_count() or 1
     sums: dict[tuple[str, str], list[float]] = {}
-    with closing(read_ahead(rows.pixels, chosen, threads, _AHEAD)) as views:
+    with closing(read_ahead(rows.pixels, chosen, threads(), _AHEAD)) as views:
         for row, pixels in zip(chosen, views, strict=True):
             for key, figure in measure_view(rows, pixels, rows.image_id(row)).items():
                 sums.setdefault(key, []).append(figure)

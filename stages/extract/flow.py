@@ -139,12 +139,12 @@ def streams_of(teachers: Iterable[Teacher]) -> int:
 
 @contextmanager
 def _threads_per_stream(streams: int) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // streams))
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // streams))
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def in_turn(lanes: Sequence[tuple[Lane, Iterator[range]]]) -> Iterator[Step]:

@@ -23,22 +23,12 @@ from typing import Any
 
 import numpy as np
 import yaml
+from extraction import SHARED, teachers
 from PIL import Image
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 REAL = {
-    name: {
-        "source": "timm:mobilenetv2_100",
-        "checkpoint": str(SHARED / "weights" / f"mobilenetv2_100.{file}.safetensors"),
-        "model_args": {"pad_type": "same", **more},
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-    }
-    for name, file, more in (
-        ("imagenet", "imagenet_tf_qat", {}),
-        ("deeplab", "deeplab_voc_backbone", {"output_stride": 16}),
-        ("birds", "inat_bird", {}),
-    )
+    name: config.model_dump(mode="json", exclude_defaults=True)
+    for name, config in teachers().items()
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 

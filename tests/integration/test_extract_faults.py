@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from store.reader import FeatureStore
+from store.testing import file_contents
 
 RUNS = """
 import json, multiprocessing, os, signal, sys
@@ -71,14 +72,6 @@ def run(*together: list[dict[str, Any]]) -> list[list[int]]:
     command = [sys.executable, "-c", RUNS, json.dumps(together)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 class Project:
@@ -148,9 +141,9 @@ def test_killed_at_random_moments_and_resumed_equals_an_uninterrupted_run(
     assert not any("first" in FeatureStore(project.store(name)).teachers for name in names)
     again = run(*([project.extract(name)] for name in names))
     assert again == [[0]] * kills
-    whole = files(project.store("whole"))
+    whole = file_contents(project.store("whole"))
     for name, moment in zip(names, moments, strict=True):
-        assert files(project.store(name)) == whole, f"killed at call {moment}"
+        assert file_contents(project.store(name)) == whole, f"killed at call {moment}"
 
 
 def test_sigterm_finishes_the_shard_and_the_same_command_resumes(project: Project) -> None:
@@ -167,8 +160,8 @@ def test_sigterm_finishes_the_shard_and_the_same_command_resumes(project: Projec
     assert "Traceback" not in project.output("once")
     assert not list(project.store("once").rglob(".*.partial"))
     assert run([project.extract("once")], [project.extract("twice")]) == [[0], [0]]
-    whole = files(project.store("whole"))
-    assert files(project.store("once")) == files(project.store("twice")) == whole
+    whole = file_contents(project.store("whole"))
+    assert file_contents(project.store("once")) == file_contents(project.store("twice")) == whole
 
 
 def test_two_commands_at_once_fill_one_store(project: Project) -> None:
@@ -185,4 +178,4 @@ def test_two_commands_at_once_fill_one_store(project: Project) -> None:
     assert all(one["shards_written"] > 0 for one in done)
     assert sum(one["shards_written"] for one in done) == SHARDS
     assert sum(one["images"] for one in done) == IMAGES
-    assert files(project.store("both")) == files(project.store("whole"))
+    assert file_contents(project.store("both")) == file_contents(project.store("whole"))

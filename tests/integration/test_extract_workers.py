@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from store.testing import file_contents
 
 RUN = """
 import json, os, sys
@@ -65,14 +66,6 @@ if __name__ == "__main__":
 """
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def projects(tiny_params: Path, images: int) -> tuple[Path, Path]:
     """Parameter files of two stores of the same pictures, indexed."""
     folder = tiny_params.parent
@@ -118,4 +111,4 @@ def test_workers_killed_at_random_moments_are_replaced(
     assert summary[2] + summary[0] + summary[1] == images + 1
     # What a worker committed before it died is in no summary, but never written twice.
     assert (images + 1) // 2 - kills <= summary[3] <= (images + 1) // 2
-    assert files(tmp_path / "shared.zarr") == files(tmp_path / "whole.zarr")
+    assert file_contents(tmp_path / "shared.zarr") == file_contents(tmp_path / "whole.zarr")

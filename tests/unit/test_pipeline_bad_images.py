@@ -1,7 +1,6 @@
 """A folder of hostile images, as `sak index` and `sak extract-teachers` meet it."""
 
 import io
-import json
 import os
 import struct
 import zlib
@@ -14,26 +13,13 @@ import pytest
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from typer.testing import CliRunner
 
-from pipeline.cli import app
 from pipeline.errors import StepError
 from pipeline.indexing import bad_share
+from pipeline.testing import sak, sak_json
 from store.reader import FeatureStore
 
 RANDOM = [np.random.default_rng(0)]
-
-
-def sak(*arguments: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result.output
-
-
-def sak_json(*arguments: str | Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(sak(*arguments, "--json"))
-    return loaded
 
 
 def pixels(*shape: int, top: int = 256) -> np.ndarray:

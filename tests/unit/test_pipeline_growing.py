@@ -1,31 +1,16 @@
 """`sak index --append`, `sak gc` and the list of quarantined images, as a person types them."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.testing import sak, sak_json
 from store.reader import FeatureStore
 from store.testing import sample_images, sample_teacher, sample_views, write_store
 from store.writer import FeatureWriter, create_store
-
-
-def sak(*arguments: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result.output
-
-
-def sak_json(*arguments: str | Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(sak(*arguments, "--json"))
-    return loaded
 
 
 def paint(folder: Path, *names: str) -> None:

@@ -1,7 +1,6 @@
 """Images in tars and at URLs, from `sak index` to a trained student, and sources that fail."""
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,23 +11,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.testing import sak, sak_json
 from stages.data import places
 from store.reader import FeatureStore
-
-
-def sak(*arguments: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result.output
-
-
-def sak_json(*arguments: str | Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(sak(*arguments, "--json"))
-    return loaded
 
 
 def picture(value: int) -> bytes:

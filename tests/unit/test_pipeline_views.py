@@ -8,20 +8,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from typer.testing import CliRunner
 
 from pipeline import planning
-from pipeline.cli import app
+from pipeline.testing import sak
 from store.reader import FeatureStore
 
 VIEWS = {"count": 3, "area": [0.3, 0.9], "flip": 0.5, "photometric": {"brightness": 0.2}}
-
-
-def sak(*arguments: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result.output
 
 
 def edit(path: Path, **changes: Any) -> Path:

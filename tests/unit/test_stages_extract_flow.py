@@ -24,6 +24,7 @@ from stages.extract.teachers import Features
 from stages.progress import NoProgress
 from store.create import create_store
 from store.reader import FeatureStore
+from store.testing import file_contents
 
 COUNT = 7
 VIEW = (32, 48)
@@ -52,12 +53,6 @@ def new_store(path: Path, sources: tuple[ImageSource, ...], views: int = 1) -> P
     return path
 
 
-def files(path: Path) -> dict[str, bytes]:
-    return {
-        str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()
-    }
-
-
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each image is decoded from here on."""
@@ -83,7 +78,7 @@ def test_one_pass_decodes_once_and_writes_the_same_store(
     apart = new_store(tmp_path / "apart.zarr", sources, views)
     for name, config in floats.items():
         extract(apart, sources, VIEW, {name: config}, SETTINGS, NoProgress())
-    assert files(together) == files(apart)
+    assert file_contents(together) == file_contents(apart)
 
 
 def test_a_teacher_that_was_there_is_left_alone(
@@ -91,10 +86,10 @@ def test_a_teacher_that_was_there_is_left_alone(
 ) -> None:
     path = new_store(tmp_path / "store.zarr", sources)
     extract(path, sources, VIEW, {"vit": CONFIGS["vit"]}, SETTINGS, NoProgress())
-    before = files(path / "vit")
+    before = file_contents(path / "vit")
     vit, net = extract(path, sources, VIEW, CONFIGS, SETTINGS, NoProgress())
     assert (vit.images, net.images) == (0, COUNT - 1)
-    assert files(path / "vit") == before
+    assert file_contents(path / "vit") == before
     assert set(FeatureStore(path).teachers) == {"vit", "net"}
 
 

@@ -24,6 +24,7 @@ from store.errors import StoreMismatchError
 from store.images import ViewTable
 from store.reader import FeatureStore
 from store.spec import LevelSpec, TeacherSpec
+from store.testing import file_contents
 from store.writer import create_store
 
 VIEW = (32, 48)
@@ -102,14 +103,6 @@ def run(
     return extract_teacher(store, sources, VIEW, teacher, batch_size, SHARD_BYTES, NoProgress())
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 def live(sources: tuple[ImageSource, ...], teacher: AverageTeacher) -> np.ndarray:
     answers = []
     for source in sources:
@@ -146,12 +139,12 @@ def test_a_finished_teacher_is_not_computed_again(
     store: Path, sources: tuple[ImageSource, ...]
 ) -> None:
     run(store, sources, AverageTeacher())
-    before = files(store)
+    before = file_contents(store)
     teacher = AverageTeacher()
     summary = run(store, sources, teacher)
     assert teacher.batches == []
     assert (summary.images, summary.already_there, summary.shards_written) == (0, COUNT, 0)
-    assert files(store) == before
+    assert file_contents(store) == before
 
 
 @pytest.mark.parametrize("batches_done", range(5))
@@ -174,7 +167,7 @@ def test_a_resumed_store_is_the_same_to_the_byte(
     shards_done = batches_done // 2
     assert summary.already_there == shards_done * ROWS_PER_SHARD
     assert sum(resumed.batches) == COUNT - shards_done * ROWS_PER_SHARD
-    assert files(store) == files(whole)
+    assert file_contents(store) == file_contents(whole)
 
 
 def test_bad_images_are_left_out_without_shifting_the_others(

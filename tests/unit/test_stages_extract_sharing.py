@@ -12,6 +12,7 @@ from stages.progress import NoProgress
 from stages.stopping import Stop, Terminated
 from store.reader import FeatureStore
 from store.testing import (
+    file_contents,
     sample_images,
     sample_shard_bytes,
     sample_teacher,
@@ -32,14 +33,6 @@ class Counted(NoProgress):
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -80,7 +73,7 @@ def test_all_are_at_work_at_once_and_each_shard_is_written_once(
     assert shards == list(range(0, ROWS, 2))
     assert all(results)
     write_store(tmp_path / "whole", sample_images(ROWS), SPEC, rows_per_shard=2)
-    assert files(store) == files(tmp_path / "whole")
+    assert file_contents(store) == file_contents(tmp_path / "whole")
 
 
 def test_what_another_gave_up_is_taken_over(store: Path, tmp_path: Path) -> None:
@@ -104,7 +97,7 @@ def test_what_another_gave_up_is_taken_over(store: Path, tmp_path: Path) -> None
     assert [rows for one in passes[1:] for rows in one] == [range(4, 6)]
     assert len(done) == 15
     write_store(tmp_path / "whole", sample_images(ROWS), SPEC, rows_per_shard=2)
-    assert files(store) == files(tmp_path / "whole")
+    assert file_contents(store) == file_contents(tmp_path / "whole")
 
 
 def test_what_others_commit_counts_as_progress(store: Path) -> None:
@@ -141,4 +134,4 @@ def test_a_stop_finishes_the_shard_and_leaves_the_rest_to_others(store: Path) ->
         assert writer.missing() == [range(row, row + 2) for row in range(2, ROWS, 2)]
         assert writer.claim(range(2, 4))
     assert FeatureStore(store).unfinished == ("small",)
-    assert not [name for name in files(store) if "lock" in name or "partial" in name]
+    assert not [name for name in file_contents(store) if "lock" in name or "partial" in name]

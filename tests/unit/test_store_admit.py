@@ -22,6 +22,7 @@ from store.images import ImageTable
 from store.reader import FeatureStore
 from store.tables import read_root
 from store.testing import (
+    KILL_LOOP,
     sample_features,
     sample_images,
     sample_shard_bytes,
@@ -243,37 +244,19 @@ def test_damaged_memory_of_earlier_states(path: Path, earlier: object) -> None:
 
 
 KILLED = """
-import os, shutil, sys
-from pathlib import Path
+import sys
 import numpy as np
 from store.admit import admit_images
 from store.testing import *
 from store.writer import FeatureWriter
-folder = Path(sys.argv[1])
 spec = sample_teacher()
 
-def run(path, kill_at):
-    kill_at_call(kill_at, ("write", "fsync", "replace", "unlink", "rmdir", "mkdir"))
+def run(path):
     admit_images(path, sample_images(11, (5,)), sample_views(11))
     with FeatureWriter.open(path, spec) as writer:
         for rows in writer.missing():
             write_rows(writer, spec, rows, np.arange(11) != 5)
         writer.finish()
-
-for number in range(1, 10_000, int(sys.argv[2])):
-    path = folder / str(number) / "store"
-    shutil.copytree(folder / "store", path)
-    ends = []
-    again = [1 + 7 * number % 61] * (number % 2)  # every other time the one who resumes is, too
-    for kill_at in (number, *again):
-        child = os.fork()
-        if child == 0:
-            run(path, kill_at)
-            os._exit(0)
-        ends.append(os.waitpid(child, 0)[1])
-    if ends[0] == 0:
-        break
-print(number)
 """
 
 
@@ -295,7 +278,7 @@ def seen_by_a_reader(path: Path) -> str:
 
 def test_killed_at_any_moment_of_admitting_and_extracting(path: Path, tmp_path: Path) -> None:
     step = 13
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step)]
+    command = [sys.executable, "-c", KILLED + KILL_LOOP, str(tmp_path), str(step)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     write_store(tmp_path / "whole", sample_images(11, (5,)), SPEC)
     whole = tree(tmp_path / "whole")

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from store.admit import stored_images
 from store.append import append_images, in_stored_order
 from store.calibration import FittedTarget
 from store.chunks import read_chunk
@@ -31,6 +32,8 @@ from store.spec import GLOBAL, TeacherSpec
 from store.teacher import UNWRITTEN, is_committed, is_teacher, read_record
 from store.teacher_layout import TeacherLayout
 from store.testing import (
+    KILL_LOOP,
+    file_digests,
     sample_codecs,
     sample_features,
     sample_images,
@@ -52,14 +55,6 @@ ROW_BYTES = {spec.codec: sample_shard_bytes(spec, 1) for spec in SPECS}
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power cuts here
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def grow(path: Path, count: int, views: int = 1) -> None:
@@ -126,15 +121,15 @@ def test_a_grown_store_is_the_one_made_at_once(spec: TeacherSpec, tmp_path: Path
     for resolution in FeatureStore(path).grids("small", "stage_1"):
         assert len(FeatureStore(path).read("small", "stage_1", range(11), resolution)) == 11
     write_store(tmp_path / "whole", sample_images(11), spec)
-    assert tree(path) == tree(tmp_path / "whole")
+    assert file_digests(path) == file_digests(tmp_path / "whole")
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["store", "whole"]
 
 
 def test_appending_what_is_there_changes_nothing(path: Path) -> None:
-    before = tree(path)
+    before = file_digests(path)
     grow(path, 6)
-    assert tree(path) == before
+    assert file_digests(path) == before
 
 
 def test_an_earlier_teacher_is_unfinished_with_the_command(path: Path) -> None:
@@ -157,7 +152,7 @@ def test_a_teacher_begun_before_two_appends_catches_up(path: Path, tmp_path: Pat
     grow(path, 13)
     extract(path)
     write_store(tmp_path / "whole", sample_images(13), SPEC)
-    assert tree(path) == tree(tmp_path / "whole")
+    assert file_digests(path) == file_digests(tmp_path / "whole")
 
 
 def test_a_teacher_is_unfinished_before_its_arrays_grow(path: Path) -> None:
@@ -177,10 +172,10 @@ def test_a_teacher_is_unfinished_before_its_arrays_grow(path: Path) -> None:
 
 def test_another_specification_does_not_grow(path: Path) -> None:
     grow(path, 11)
-    before = tree(path)
+    before = file_digests(path)
     with pytest.raises(StoreMismatchError, match="weights_sha256"):
         FeatureWriter.open(path, sample_teacher(weights_sha256="cd" * 32))
-    assert tree(path) == before
+    assert file_digests(path) == before
 
 
 def test_a_teacher_of_other_images_is_not_taken_for_an_earlier_one(path: Path) -> None:
@@ -235,10 +230,10 @@ def other(images: ImageTable, **columns: Any) -> ImageTable:
     ],
 )
 def test_stored_images_must_stay(path: Path, images: ImageTable, message: str) -> None:
-    before = tree(path)
+    before = file_digests(path)
     with pytest.raises(StoreMismatchError, match=message):
         append_images(path, images, sample_views(len(images)))
-    assert tree(path) == before
+    assert file_digests(path) == before
 
 
 def test_stored_views_must_stay(path: Path) -> None:
@@ -255,7 +250,7 @@ def test_views_of_every_image_grow_along(tmp_path: Path) -> None:
     grow(tmp_path / "store", 5, views=2)
     extract(tmp_path / "store")
     write_store(tmp_path / "whole", sample_images(5), SPEC, views_per_image=2)
-    assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+    assert file_digests(tmp_path / "store") == file_digests(tmp_path / "whole")
 
 
 def test_there_must_be_a_store_to_append_to(tmp_path: Path) -> None:
@@ -356,7 +351,9 @@ def test_any_appends_interrupted_anywhere(spec: TeacherSpec, data: st.DataObject
 
     def bring_to(path: Path, count: int) -> None:
         table, views = sample_images(count, tuple(bad)), sample_views(count)
-        if (path / "zarr.json").exists():
+        if (
+            stored_images(path) is not None
+        ):  # which first completes what was stopped, as `sak index`
             append_images(path, table, views)
         else:
             create_store(path, table, views)
@@ -381,7 +378,7 @@ def test_any_appends_interrupted_anywhere(spec: TeacherSpec, data: st.DataObject
         once = Path(folder) / "once"
         bring_to(once, counts[-1])
         assert {file: identity(file) for file in whole} == whole
-        assert tree(path) == tree(once)
+        assert file_digests(path) == file_digests(once)
         store = FeatureStore(path)
         good = np.flatnonzero(store.valid("small"))
         for level in store.levels("small"):
@@ -391,36 +388,18 @@ def test_any_appends_interrupted_anywhere(spec: TeacherSpec, data: st.DataObject
 
 
 KILLED = """
-import os, shutil, sys
-from pathlib import Path
+import sys
 from store.append import append_images
 from store.testing import *
 from store.writer import FeatureWriter
-folder = Path(sys.argv[1])
 spec = sample_teacher(codec=sys.argv[3], stored=((3, 4), (1, 2)))
 
-def run(path, kill_at):
-    kill_at_call(kill_at, ("write", "fsync", "replace", "unlink", "rmdir", "mkdir"))
+def run(path):
     append_images(path, sample_images(11), sample_views(11))
     with FeatureWriter.open(path, spec) as writer:
         for rows in writer.missing():
             write_rows(writer, spec, rows)
         writer.finish()
-
-for number in range(1, 10_000, int(sys.argv[2])):
-    path = folder / str(number) / "store"
-    shutil.copytree(folder / "store", path)
-    ends = []
-    again = [1 + 7 * number % 61] * (number % 2)  # every other time the one who resumes is, too
-    for kill_at in (number, *again):
-        child = os.fork()
-        if child == 0:
-            run(path, kill_at)
-            os._exit(0)
-        ends.append(os.waitpid(child, 0)[1])
-    if ends[0] == 0:
-        break
-print(number)
 """
 
 
@@ -440,11 +419,11 @@ def seen_by_a_reader(path: Path, spec: TeacherSpec) -> str:
 def test_killed_at_any_moment_of_append_and_extract(codec: str, step: int, tmp_path: Path) -> None:
     spec = sample_teacher(codec=codec, stored=PYRAMID)
     write_store(tmp_path / "store", sample_images(6), spec)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step), codec]
+    command = [sys.executable, "-c", KILLED + KILL_LOOP, str(tmp_path), str(step), codec]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     last = int(done.stdout)
     write_store(tmp_path / "whole", sample_images(11), spec)
-    whole = tree(tmp_path / "whole")
+    whole = file_digests(tmp_path / "whole")
     states: dict[str, int] = {}
     for moment in range(1, last, step):
         killed = tmp_path / str(moment) / "store"
@@ -452,7 +431,9 @@ def test_killed_at_any_moment_of_append_and_extract(codec: str, step: int, tmp_p
         states[state] = states.get(state, 0) + 1
         grow(killed, 11)
         extract(killed, spec=spec)
-        assert tree(killed.parent) == {f"store/{name}": digest for name, digest in whole.items()}
+        assert file_digests(killed.parent) == {
+            f"store/{name}": digest for name, digest in whole.items()
+        }
         shutil.rmtree(killed.parent)
     assert states.keys() >= {"6", "sak index --append", "sak extract-teachers"}
     assert states.keys() <= {

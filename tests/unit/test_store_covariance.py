@@ -1,6 +1,5 @@
 """Covariance on request: what it adds to a store, what it leaves alone, when it is refused."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -8,25 +7,24 @@ import pytest
 from store.errors import StoreError, StoreMismatchError
 from store.normalise import phi_s, whitening, z_score
 from store.reader import FeatureStore
-from store.testing import sample_images, sample_shard_bytes, sample_teacher, write_rows, write_store
+from store.testing import (
+    file_digests,
+    sample_images,
+    sample_shard_bytes,
+    sample_teacher,
+    write_rows,
+    write_store,
+)
 from store.writer import FeatureWriter
 
 SPEC = sample_teacher()
 SIZE = sample_shard_bytes(SPEC, 4)
 
 
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def test_covariance_only_adds_its_own_files(tmp_path: Path) -> None:
     write_store(tmp_path / "plain", sample_images(6), SPEC)
     write_store(tmp_path / "more", sample_images(6), SPEC, covariance=True)
-    plain, more = tree(tmp_path / "plain"), tree(tmp_path / "more")
+    plain, more = file_digests(tmp_path / "plain"), file_digests(tmp_path / "more")
     added = more.keys() - plain.keys()
     assert added == {
         *(f"small/commit/covariance/{name}" for name in ("zarr.json", "c.0.0", "c.1.0")),
@@ -70,7 +68,7 @@ def test_covariance_once_begun_is_kept(tmp_path: Path) -> None:
     with FeatureWriter.open(path, SPEC, SIZE) as writer:
         write_rows(writer, SPEC, range(4, 6))
         writer.finish()
-    assert tree(path) == tree(tmp_path / "whole")
+    assert file_digests(path) == file_digests(tmp_path / "whole")
 
 
 def test_lost_covariance_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Kills, full disks, torn and altered files, second writers: nothing lost, nothing wrong read."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from store.errors import (
 from store.files import lock_folder
 from store.reader import FeatureStore
 from store.testing import (
+    file_digests,
     flip_bits,
     read_everything,
     sample_features,
@@ -44,14 +44,6 @@ SPEC = sample_teacher()
 ROWS = 6
 SHARD_BYTES = sample_shard_bytes(SPEC, 4)
 DATA = "small/stage_1/native/c.0.0.0.0"
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def make(path: Path) -> None:
@@ -100,7 +92,7 @@ def test_killed_at_any_moment_and_resumed_equals_an_uninterrupted_run(
     moments = int(done.stdout)
     assert moments > 150  # so 50 kills at least
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    whole = tree(tmp_path / str(moments))
+    whole = file_digests(tmp_path / str(moments))
     left = {"finished": 0, "shards": 0}
     for moment in range(1, moments, 3):
         path = tmp_path / str(moment)
@@ -109,7 +101,7 @@ def test_killed_at_any_moment_and_resumed_equals_an_uninterrupted_run(
             assert FeatureStore(path).unfinished in ((), ("small",))
             left["finished"] += "small" in FeatureStore(path).teachers
         make(path)
-        assert tree(path) == whole, f"killed at call {moment}"
+        assert file_digests(path) == whole, f"killed at call {moment}"
         shutil.rmtree(path)
     assert left["shards"] > 10  # the kills did fall between commits,
     assert left["finished"] < 5  # and hardly any after the finished mark
@@ -181,7 +173,7 @@ def test_several_writers_fill_one_store_and_any_of_them_finishes_it(tmp_path: Pa
         two.finish()
         one.finish()
     make(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert file_digests(path) == file_digests(tmp_path / "whole")
 
 
 def test_a_writer_of_fewer_images_writes_nothing_into_a_grown_store(tmp_path: Path) -> None:
@@ -190,12 +182,12 @@ def test_a_writer_of_fewer_images_writes_nothing_into_a_grown_store(tmp_path: Pa
         append_images(tmp_path, sample_images(9), sample_views(9))
         with FeatureWriter.open(tmp_path, SPEC) as new:
             assert new.missing() == [range(4), range(4, 8), range(8, 9)]
-        before = tree(tmp_path)
+        before = file_digests(tmp_path)
         with pytest.raises(StoreMismatchError, match="images were added"):
             write_rows(old, SPEC, range(4, 6))
         with pytest.raises(UnfinishedStoreError):
             old.finish()
-        assert tree(tmp_path) == before
+        assert file_digests(tmp_path) == before
 
 
 def test_only_a_teacher_that_was_begun_alike_is_joined(path: Path) -> None:
@@ -212,7 +204,7 @@ def test_a_shard_that_will_not_fit_is_not_begun(
     create_store(path, sample_images(ROWS), sample_views(ROWS))
     with FeatureWriter.open(path, SPEC, SHARD_BYTES, covariance=True) as writer:
         write_rows(writer, SPEC, range(4))
-        before = tree(path)
+        before = file_digests(path)
         usage = shutil.disk_usage(path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=disk.RESERVE_BYTES))
         with pytest.raises(
@@ -221,10 +213,10 @@ def test_a_shard_that_will_not_fit_is_not_begun(
         ):
             write_rows(writer, SPEC, range(4, 6))
         monkeypatch.undo()
-    assert tree(path) == before
+    assert file_digests(path) == before
     make(path)
     make(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert file_digests(path) == file_digests(tmp_path / "whole")
 
 
 def test_no_flipped_byte_is_ever_returned(path: Path) -> None:
@@ -252,7 +244,7 @@ def test_flipped_byte_of_a_shard_is_named(path: Path, offset: int) -> None:
 @pytest.mark.parametrize("damage", ["remove", "shorten"])
 @pytest.mark.parametrize("name", [DATA, "small/global/c.0.0", "small/valid/c.0"])
 def test_lost_shard_is_refused_and_computed_again(path: Path, name: str, damage: str) -> None:
-    whole = tree(path)
+    whole = file_digests(path)
     if damage == "remove":
         (path / name).unlink()
     else:
@@ -265,12 +257,12 @@ def test_lost_shard_is_refused_and_computed_again(path: Path, name: str, damage:
         with pytest.raises(UnfinishedStoreError):
             FeatureStore(path).valid("small")
         writer.finish()
-    assert tree(path) == whole
+    assert file_digests(path) == whole
 
 
 @pytest.mark.parametrize("name", ["digest/c.0.0.0", "statistics/c.0.0.0", "covariance/c.0.0"])
 def test_altered_commit_file_is_computed_again(path: Path, name: str) -> None:
-    whole = tree(path)
+    whole = file_digests(path)
     data = bytearray((path / "small" / "commit" / name).read_bytes())
     data[9] ^= 1
     (path / "small" / "commit" / name).write_bytes(data)
@@ -278,7 +270,7 @@ def test_altered_commit_file_is_computed_again(path: Path, name: str) -> None:
         assert writer.missing() == [range(4)]
         write_rows(writer, SPEC, range(4))
         writer.finish()
-    assert tree(path) == whole
+    assert file_digests(path) == whole
 
 
 def test_a_failed_write_drops_its_shard_only(tmp_path: Path) -> None:
@@ -319,7 +311,7 @@ def test_full_disk_says_what_is_safe_and_resumes(
         monkeypatch.undo()
     make(path)
     make(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    assert file_digests(path) == file_digests(tmp_path / "whole")
 
 
 def test_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
@@ -339,7 +331,7 @@ def test_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
     for name in ("store", "whole"):
         write_store(tmp_path / name, sample_images(40), SPEC, rows_per_shard=20)
-    assert tree(tmp_path / "store") == tree(tmp_path / "whole")
+    assert file_digests(tmp_path / "store") == file_digests(tmp_path / "whole")
 
 
 def test_other_images_are_refused_with_what_differs(path: Path) -> None:
@@ -472,7 +464,7 @@ def test_a_writer_refuses_shards_cut_otherwise_before_it_writes(path: Path, coun
         path / "small" / "zarr.json",
         lambda document: document["attributes"].update(rows_per_shard=count),
     )
-    before = tree(path)
+    before = file_digests(path)
     with pytest.raises(StoreDamagedError, match="nothing was written"):
         FeatureWriter.open(path, SPEC, covariance=True)
-    assert tree(path) == before
+    assert file_digests(path) == before

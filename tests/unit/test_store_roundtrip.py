@@ -1,6 +1,5 @@
 """What is read is what was written, for any rows, shards, batches and interruption."""
 
-import hashlib
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from store.reader import FeatureStore
 from store.spec import GLOBAL, LevelSpec, TeacherSpec
 from store.teacher_layout import MAX_ROWS_PER_SHARD, TeacherLayout, with_rows_per_shard
 from store.testing import (
+    file_digests,
     sample_features,
     sample_images,
     sample_shard_bytes,
@@ -31,15 +31,6 @@ from store.testing import (
 from store.writer import FeatureWriter, create_store
 
 SPEC = sample_teacher()
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Return a digest of every file below a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @settings(max_examples=20, deadline=None)
@@ -69,7 +60,7 @@ def test_any_rows_shards_batches_and_interruption(data: st.DataObject) -> None:
         write_store(
             uninterrupted, images, SPEC, rows_per_shard=rows_per_shard, covariance=covariance
         )
-        assert tree(path) == tree(uninterrupted)
+        assert file_digests(path) == file_digests(uninterrupted)
 
         store = FeatureStore(path)
         good = np.flatnonzero(valid)
@@ -117,22 +108,22 @@ def test_tables_round_trip(tmp_path: Path) -> None:
 def test_create_is_idempotent(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "store"
     create_store(path, sample_images(3), sample_views(3))
-    before = tree(path)
+    before = file_digests(path)
     create_store(path, sample_images(3), sample_views(3))
-    assert tree(path) == before
+    assert file_digests(path) == before
     assert [entry.name for entry in path.parent.iterdir()] == ["store"]
 
 
 def test_create_gives_teachers_left_alone_their_root_back(tmp_path: Path) -> None:
     path = tmp_path / "store"
     write_store(path, sample_images(3), SPEC)
-    whole = tree(path)
+    whole = file_digests(path)
     (path / ".gitignore").write_text("/small\n")  # as DVC leaves it
     (path / "zarr.json").unlink()
     (path / "images" / "id" / "zarr.json").unlink()
     create_store(path, sample_images(3), sample_views(3))
     (path / ".gitignore").unlink()
-    assert tree(path) == whole
+    assert file_digests(path) == whole
 
 
 def test_create_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
@@ -231,9 +222,11 @@ def test_store_digest_follows_the_teachers_named(tmp_path: Path) -> None:
 
 def test_adding_a_teacher_leaves_the_rest_alone(tmp_path: Path) -> None:
     write_store(tmp_path, sample_images(3), SPEC)
-    before = tree(tmp_path)
+    before = file_digests(tmp_path)
     write_store(tmp_path, sample_images(3), sample_teacher("second"))
-    after = {name: digest for name, digest in tree(tmp_path).items() if "second/" not in name}
+    after = {
+        name: digest for name, digest in file_digests(tmp_path).items() if "second/" not in name
+    }
     assert after == before
 
 

@@ -21,6 +21,7 @@ from store.layout import ArrayLayout
 from store.reader import FeatureStore
 from store.teacher import read_record
 from store.testing import (
+    file_contents,
     flip_bits,
     refuse_every_flip,
     sample_features,
@@ -67,14 +68,6 @@ def only(found: Verification) -> Finding:
     return wrong(found)[0]
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(path.read_text())
     change(document)
@@ -89,11 +82,11 @@ def rewrite(folder: Path, layout: ArrayLayout, number: int, change: Callable[...
 
 
 def test_a_sound_store_is_clean_and_is_not_touched(path: Path) -> None:
-    before = files(path)
+    before = file_contents(path)
     found = verify(path)
     assert found.findings == []
     assert found.clean
-    assert files(path) == before
+    assert file_contents(path) == before
     assert ("small", "data") in found.performed
     shards = [data for name, data in before.items() if "native/c." in name or "global/c." in name]
     assert found.bytes_read == sum(map(len, shards))
@@ -409,12 +402,12 @@ def flip(file: Path, position: int) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_repair_has_just_the_damaged_shard_computed_again(path: Path, damage: str) -> None:
-    whole = files(path)
+    whole = file_contents(path)
     DAMAGES[damage](path / "small")
-    before = files(path)
+    before = file_contents(path)
     done = repair(path, verify(path))
     assert done == ["small: shards 1 will be computed again by `sak extract-teachers small`"]
-    after = files(path)
+    after = file_contents(path)
     assert {name for name in before if before[name] != after.get(name)} == {
         "small/valid/c.1", "small/zarr.json",
     }  # fmt: skip
@@ -425,18 +418,18 @@ def test_repair_has_just_the_damaged_shard_computed_again(path: Path, damage: st
         assert writer.missing() == [range(4, 8)]
         write_rows(writer, SPEC, range(4, 8), good)
         writer.finish()
-    assert files(path) == whole
+    assert file_contents(path) == whole
     assert verify(path).clean
 
 
 def test_repair_of_statistics_reads_no_features_again(path: Path) -> None:
-    whole = files(path)
+    whole = file_contents(path)
     flip(path / "small" / "stage_1" / "stats" / "native" / "mean" / "c.0", 3)
     assert repair(path, verify(path, quick=True))
     with FeatureWriter.open(path, SPEC) as writer:
         assert writer.missing() == []
         writer.finish()
-    assert files(path) == whole
+    assert file_contents(path) == whole
 
 
 def test_a_repair_that_is_killed_half_way_leaves_a_store_that_is_refused(
@@ -454,9 +447,9 @@ def test_a_repair_that_is_killed_half_way_leaves_a_store_that_is_refused(
 
 
 def test_repair_touches_nothing_sound_and_waits_for_writers(path: Path) -> None:
-    before = files(path)
+    before = file_contents(path)
     assert repair(path, verify(path)) == []
-    assert files(path) == before
+    assert file_contents(path) == before
     flip(path / "small" / DATA.format(1), 50)
     found = verify(path)
     with FeatureWriter.open(path, SPEC), pytest.raises(StoreLockedError):
