@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from store.codecs import parse_codec
 
@@ -18,6 +18,20 @@ _Size = Annotated[
 def _known_codec(name: str) -> str:
     parse_codec(name)
     return name
+
+
+def _batch_size(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("a number of images, at least 1, or auto")
+
+
+_BatchSize = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_batch_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+"""One validator for both, so that a mistake is reported at the setting itself."""
 
 
 class TeacherConfig(BaseModel):
@@ -96,7 +110,7 @@ class ExtractConfig(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
+    batch_size: _BatchSize = 16
     """Images per forward pass, or `auto`: doubled for each teacher while that makes it faster and
     fits into memory. Another size may change features in the last bits."""
 

@@ -1,6 +1,6 @@
 """Speed of extraction: against the teachers' own, against plain scripts, in one pass, by workers.
 
-    python tests/benchmarks/extraction.py forward|together|writers [--images 48] [--rounds 3] [--json]
+    python tests/benchmarks/extraction.py forward|together|writers [--images 48] [--rounds 3]
 
 `forward` compares images/s of `extract` with those of the three real teachers of the shared data on
 inputs that are in memory already, each alone and all in one pass, at 448 x 576. The processor
@@ -8,7 +8,8 @@ seconds of both say what ratio is possible at all where everything shares the co
 compares one pass over all teachers with one pass each, on the NYUv2 frames and on the same frames
 as photographs of 12 megapixels. `writers` compares with what people write themselves: a DataLoader,
 a forward pass and one .npy file per image and level; and with tar shards of such files, as
-Theia's feature cache has. All of a round runs in one process, in turn.
+Theia's feature cache has. With `--give-back` memory is as Python starts, without what the command
+`sak` does about it. All of a round runs in one process, in turn.
 """
 
 import argparse
@@ -74,9 +75,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as `sak` does; the others in this process profit as well
+    if not arguments.give_back:
+        keep_freed_memory()  # as `sak` does; the others in this process profit as well
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         bench = Bench(Path(name), arguments.images, arguments.rounds)
         results = getattr(bench, arguments.what)()

@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--codecs", nargs="+", default=["float16", "float32", "int8", "pca-4bit"])
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory", nargs=3, metavar=("TEACHER", "CODEC", "ROWS"))
@@ -61,9 +62,7 @@ def main() -> None:
         print(next(int(line.split()[1]) // 1024 for line in status.splitlines() if "VmHWM" in line))
         return
     results = [
-        measure(teacher, codec, arguments)
-        for teacher in TEACHERS
-        for codec in ("float16", "float32", "int8", "pca-4bit")
+        measure(teacher, codec, arguments) for teacher in TEACHERS for codec in arguments.codecs
     ]
     if arguments.json:
         print(json.dumps(results, indent=2))
