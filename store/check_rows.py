@@ -1,6 +1,5 @@
 """Checks every byte of one shard file: digest, index, rows, and the statistics of what they say."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from store.codecs import Codec
 from store.errors import StoreDamagedError
 from store.layout import ArrayLayout
 from store.remote import StorePath
+from store.row_moments import RowMoments
 from store.shard import ShardReader
 from store.shard_scene import ShardScene
 from store.statistics import Moments
@@ -39,15 +39,15 @@ def check_file(
     before = len(scene.found.findings)
     path = scene.folder / layout.file_path(scene.shard)
     with _at_hand(path) as copy:
-        if digest is not None and _file_digest(copy) != digest:
-            what = f"{path} is not the file that was committed: its SHA-256 is another"
-            scene.damage("data", what, level=target)
         scene.found.bytes_read += copy.stat().st_size
         try:
             reader = ShardReader(scene.folder, layout, scene.shard, copy)
         except StoreDamagedError as error:
             scene.damage("data", str(error), level=target)
             return False
+        if digest is not None and reader.digest() != digest:
+            what = f"{path} is not the file that was committed: its digest is another"
+            scene.damage("data", what, level=target)
         moments = _check_rows(scene, target, layout, reader, marks, record)
     if moments is not None and record is not None:
         _compare_moments(scene, target, moments, record)
@@ -56,7 +56,7 @@ def check_file(
 
 @contextmanager
 def _at_hand(path: StorePath) -> Iterator[Path]:
-    """Give a local file, of which every byte is read twice: itself, or a copy of an object."""
+    """Give a local file, read row by row: itself, or a copy of an object."""
     if isinstance(path, Path):
         yield path
         return
@@ -78,7 +78,8 @@ def _check_rows(
     first = scene.layout.shard_rows(scene.shard).start
     row = np.empty(layout.shape[1:], layout.dtype)
     codec = scene.codecs.get(target)
-    total = None if record is None or codec is None else _Sum(codec, record)
+    rows = None if record is None or codec is None else _row_moments(codec, record)
+    total = None if record is None else Moments.empty(len(record.mean), record.comoment is not None)
     whole = True
     for slot, mark in enumerate(marks.tolist()):
         where = {"level": target, "row": first + slot}
@@ -88,32 +89,17 @@ def _check_rows(
             scene.damage("data", str(error), **where, image=scene.image(first + slot))
             whole = False
             continue
-        if mark == VALID and total is not None:
-            total.add(row)
+        if mark == VALID and rows is not None and total is not None:
+            with np.errstate(invalid="ignore", over="ignore"):  # the audit counts those
+                total = total.merge(rows(row))
         elif mark != VALID and row.any():
             what = "the row is marked quarantined, but is not zero"
             scene.damage("data", what, **where, image=scene.image(first + slot))
-    return total.moments if whole and total is not None else None
+    return total if whole and rows is not None else None
 
 
-class _Sum:
-    """Gathers the moments of decoded rows just as the writer did, row by row."""
-
-    def __init__(self, codec: Codec, like: Moments) -> None:
-        self._codec = codec
-        self._channels = len(like.mean)
-        self._decoded: NDArray[np.float32] | None = None
-        self._product = None if like.comoment is None else np.empty_like(like.comoment)
-        self.moments = Moments.empty(self._channels, like.comoment is not None)
-
-    def add(self, row: NDArray[np.generic]) -> None:
-        """Decode a stored row and add it."""
-        with np.errstate(invalid="ignore", over="ignore"):  # the audit counts those
-            if self._decoded is None:
-                self._decoded = np.array(self._codec.decode(row), np.float32)
-            else:
-                self._codec.decode(row, self._decoded)
-            self.moments = self.moments.merge(Moments.of(self._decoded, self._product))
+def _row_moments(codec: Codec, like: Moments) -> RowMoments:
+    return RowMoments(codec, len(like.mean), like.comoment is not None)
 
 
 def _compare_moments(scene: ShardScene, target: str, found: Moments, record: Moments) -> None:
@@ -139,8 +125,3 @@ def _compare_moments(scene: ShardScene, target: str, found: Moments, record: Mom
         return
     what = "the features do not have the statistics that the commit record says"
     scene.damage("statistics", what, level=target)
-
-
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").digest()

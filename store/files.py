@@ -14,6 +14,7 @@ from store.remote import StorePath, missing_bucket_refused
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # disk, quota, file-size limit
 _PARTIAL = ".partial"
+_VECTOR = 512  # buffers in one call; every system takes at least twice as many
 
 
 def partial_path(path: Path) -> Path:
@@ -44,11 +45,15 @@ def remove_partials(folder: StorePath) -> None:
         path.unlink()
 
 
-def write_fully(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data`, however many calls it takes."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def write_fully(descriptor: int, *parts: bytes | memoryview) -> None:
+    """Write all of `parts`, one after the other, however many calls it takes."""
+    views = [memoryview(part) for part in parts]
+    while views:
+        written = os.writev(descriptor, views[:_VECTOR])
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if views:
+            views[0] = views[0][written:]
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The shard that is being written: rows arrive in order, nothing shows until it is committed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.chunks import read_chunk, write_chunk
-from store.codecs import Codec, Codes
+from store.codecs import Codes
 from store.files import remove_file
 from store.layout import ArrayLayout
 from store.remote import StorePath, each
 from store.shard import ShardWriter
-from store.spec import Grid
 from store.statistics import Moments
 from store.teacher import QUARANTINED, VALID
 from store.teacher_layout import TeacherLayout
@@ -22,38 +21,20 @@ Done = TypeVar("Done")
 
 
 class TargetWriter:
-    """One shard of one array: writes rows of codes, gathers the moments of what a reader gets.
-
-    Row by row, so that sums do not depend on how rows were batched.
-    """
+    """One shard of one array: writes rows of codes, merges the moments of what a reader gets."""
 
     def __init__(
-        self,
-        folder: StorePath,
-        array: ArrayLayout,
-        shard: int,
-        codec: Codec,
-        grid: Grid | None,
-        moments: Moments | None,
+        self, folder: StorePath, array: ArrayLayout, shard: int, moments: Moments | None
     ) -> None:
         self.file = ShardWriter(folder, array, shard)
         self.moments = moments
-        self._codec = codec
-        # A fresh array per row would cost more in page faults than the sums themselves.
-        self._decoded: NDArray[np.float32] | None = None
-        self._product: NDArray[np.float64] | None = None
-        if moments is not None and grid is not None:
-            self._decoded = np.empty((*grid, len(moments.mean)), np.float32)
-            if moments.comoment is not None:
-                self._product = np.empty_like(moments.comoment)
 
-    def append(self, codes: Codes, valid: NDArray[np.bool_]) -> None:
-        """Add rows as they are stored (n, ...); the invalid ones, which are zeros, count nothing."""
-        for row, good in zip(codes, valid, strict=True):
-            self.file.append(row)
-            if good and self.moments is not None and self._decoded is not None:
-                self._codec.decode(row, self._decoded)
-                self.moments = self.moments.merge(Moments.of(self._decoded, self._product))
+    def append(self, codes: Codes, moments: Sequence[Moments]) -> None:
+        """Add rows as they are stored (n, ...), and the moments of the valid ones, in order."""
+        self.file.append(codes)
+        for one in moments:
+            assert self.moments is not None
+            self.moments = self.moments.merge(one)
 
 
 class PendingShard:
@@ -67,7 +48,6 @@ class PendingShard:
         folder: StorePath,
         layout: TeacherLayout,
         shard: int,
-        codecs: Mapping[str, Codec],
         pool: Executor,
     ) -> None:
         self._folder = folder
@@ -77,14 +57,11 @@ class PendingShard:
         self.rows = layout.shard_rows(shard)
         self.next_row = self.rows.start
         self._marks: list[NDArray[np.uint8]] = []
-        grids = {target.name: target.grid for target in layout.spec.targets}
         moments = empty_moments(layout)
         self._writers: dict[str, TargetWriter] = {}
         try:
             for name, array in layout.features().items():
-                self._writers[name] = TargetWriter(
-                    folder, array, shard, codecs[name], grids.get(name), moments.get(name)
-                )
+                self._writers[name] = TargetWriter(folder, array, shard, moments.get(name))
         except BaseException:
             self.discard()
             raise
@@ -94,11 +71,19 @@ class PendingShard:
         """Whether every row has arrived."""
         return self.next_row == self.rows.stop
 
-    def append(self, codes: Mapping[str, Codes], valid: NDArray[np.bool_]) -> None:
-        """Add the next rows: codes (n, ...) by target name and `global`, `valid` (n,)."""
+    def append(
+        self,
+        codes: Mapping[str, Codes],
+        moments: Mapping[str, Sequence[Moments]],
+        valid: NDArray[np.bool_],
+    ) -> None:
+        """Add the next rows: codes (n, ...) by target name and `global`, `valid` (n,).
+
+        `moments` are of the valid rows in order, by target name.
+        """
 
         def write(name: str) -> None:
-            self._writers[name].append(codes[name], valid)
+            self._writers[name].append(codes[name], moments.get(name, ()))
 
         _finished([self._pool.submit(write, name) for name in self._writers])
         self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))

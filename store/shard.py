@@ -3,6 +3,10 @@
     row 0, crc32c | row 1, crc32c | ... | index: (offset, bytes) uint64 per slot | crc32c
 
 Slots of the index beyond the last row of a short shard hold 2**64 - 1, Zarr's mark of "empty".
+
+A file's digest is the SHA-256 of its checksums: those of the rows in order, then the index and its
+own. With rows that match their checksums it says which file this is, and it costs no second pass
+over the rows: a SHA-256 of all bytes took two thirds of the time of writing them.
 """
 
 import hashlib
@@ -19,6 +23,8 @@ from store.layout import CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
 from store.remote import StorePath
 from store.streams import new_file
 
+_CACHED_BYTES = 2**19
+"""Written by one call: what a checksum has just been taken of, many rows where these are small."""
 _EMPTY = np.iinfo(np.uint64).max
 
 
@@ -28,26 +34,32 @@ class ShardWriter:
     def __init__(self, folder: StorePath, layout: ArrayLayout, number: int) -> None:
         self._slots = layout.chunk[0]
         self._record_bytes = layout.row_bytes + CHECKSUM_BYTES
-        self._record = np.empty(self._record_bytes, np.uint8)
         self._rows = 0
         self._hash = hashlib.sha256()
         self._file = new_file(folder / layout.file_path(number))
 
-    def append(self, row: NDArray[Any]) -> None:
-        """Write a row behind those already written."""
-        self._record[:-CHECKSUM_BYTES] = np.ascontiguousarray(row).reshape(-1).view(np.uint8)
-        crc = checksum(self._record[:-CHECKSUM_BYTES])
-        self._record[-CHECKSUM_BYTES:] = np.frombuffer(crc, np.uint8)
-        self._write(self._record.data)
-        self._rows += 1
+    def append(self, rows: NDArray[Any]) -> None:
+        """Write rows (n, ...) behind those already written."""
+        data = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
+        step = max(1, _CACHED_BYTES // self._record_bytes)
+        for start in range(0, len(data), step):
+            records: list[bytes | memoryview] = []
+            for row in data[start : start + step]:
+                crc = checksum(row)
+                self._hash.update(crc)
+                records += (row.data, crc)
+            self._file.write(*records)
+        self._rows += len(rows)
 
     def seal(self) -> bytes:
-        """Write the index, make the file durable and return its SHA-256."""
+        """Write the index, make the file durable and return its digest."""
         index = np.full((self._slots, 2), _EMPTY, "<u8")
         index[: self._rows, 0] = np.arange(self._rows, dtype="<u8") * self._record_bytes
         index[: self._rows, 1] = self._record_bytes
         data = index.tobytes()
-        self._write(data + checksum(data))
+        data += checksum(data)
+        self._file.write(data)
+        self._hash.update(data)
         self._file.sync()
         return self._hash.digest()
 
@@ -58,10 +70,6 @@ class ShardWriter:
     def discard(self) -> None:
         """Remove what was written; does nothing once placed."""
         self._file.discard()
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
 
 
 class ShardReader:
@@ -87,9 +95,8 @@ class ShardReader:
         if size != expected:  # before reading, so that no document can make us allocate
             raise damaged_shard(self._path, f"it should have {expected} bytes, it has {size}")
         start, length = index_range(layout, number)
-        self._offsets = read_index(
-            self._path, layout, number, os.pread(self._descriptor, length, start)
-        )
+        self._index = os.pread(self._descriptor, length, start)
+        self._offsets = read_index(self._path, layout, number, self._index)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -105,6 +112,15 @@ class ShardReader:
         count = os.preadv(self._descriptor, [row.data, found], int(self._offsets[slot]))
         if count != self._record_bytes or checksum(row) != found:
             raise damaged_shard(self._path, f"the checksum of its entry {slot} does not match")
+
+    def digest(self) -> bytes:
+        """Return the file's digest; it vouches for the rows that match their checksums."""
+        state = hashlib.sha256()
+        for offset in self._offsets.tolist():
+            end = offset + self._record_bytes
+            state.update(os.pread(self._descriptor, CHECKSUM_BYTES, end - CHECKSUM_BYTES))
+        state.update(self._index)
+        return state.digest()
 
 
 def index_range(layout: ArrayLayout, number: int) -> tuple[int, int]:

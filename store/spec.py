@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 Grid = tuple[int, int]
 
 FORMAT = "sak-features"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GLOBAL = "global"
 """Name of the array that holds a teacher's pooled output."""
 EQUIVARIANCE = "equivariance"

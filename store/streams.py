@@ -25,10 +25,10 @@ class LocalFile:
             self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666
         )
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append."""
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Append one after the other."""
         assert self._descriptor is not None
-        write_fully(self._descriptor, data)
+        write_fully(self._descriptor, *parts)
 
     def sync(self) -> None:
         """Make durable what was written; nothing can be appended any more."""
@@ -64,10 +64,11 @@ class Upload:
         if isinstance(getattr(self, "_file", None), AbstractBufferedFile):
             self._file.closed = True
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append."""
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Append one after the other."""
         with self._refusals():
-            self._file.write(data)
+            for data in parts:
+                self._file.write(data)
 
     def sync(self) -> None:
         """Do nothing: a completed upload is durable."""

@@ -226,8 +226,9 @@ def kill_at_call(number: int, names: Sequence[str]) -> None:
             nonlocal calls
             calls += 1
             if calls == number:
-                if name == "write":
-                    real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                if name == "writev":
+                    data = b"".join(arguments[1])
+                    real(arguments[0], [data[: len(data) // 2]])
                 os.kill(os.getpid(), signal.SIGKILL)
             return None if name == "fsync" else real(*arguments, **options)
 
@@ -249,7 +250,7 @@ for number in range(1, 10_000, int(sys.argv[2])):
     for kill_at in (number, *again):
         child = os.fork()
         if child == 0:
-            kill_at_call(kill_at, ("write", "fsync", "replace", "unlink", "rmdir", "mkdir"))
+            kill_at_call(kill_at, ("writev", "fsync", "replace", "unlink", "rmdir", "mkdir"))
             run(path)
             os._exit(0)
         ends.append(os.waitpid(child, 0)[1])

@@ -1,6 +1,6 @@
 """What a teacher's answer must be like before it is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from store.codecs import FLOAT16_MAX, Codes, Values
 from store.errors import StoreError
 from store.spec import GLOBAL, TeacherSpec
+from store.statistics import Moments
 from store.teacher_layout import TeacherLayout
 
 _EXPONENTS = {"<f2": ("<u2", 0x7C00), "<f4": ("<u4", 0x7F800000)}
@@ -101,6 +102,37 @@ def check_codes(
             bad = np.array([_not_finite(row, array.dtype) for row in found])
             if bad.any():
                 raise StoreError(f"{where}: {_rows(bad, first_row)} hold NaN or infinity")
+
+
+def check_moments(
+    layout: TeacherLayout, moments: Mapping[str, Sequence[Moments]], valid: NDArray[np.bool_]
+) -> None:
+    """Refuse moments that cannot be those of the valid ones of rows, by `valid` (n,).
+
+    Raises:
+        StoreError: wrong names or shapes, or another number of tokens.
+    """
+    targets = {target.name: target for target in layout.spec.targets}
+    if moments.keys() != targets.keys():
+        raise StoreError(
+            f"teacher {layout.spec.name!r} has moments of {', '.join(targets)}; "
+            f"got {', '.join(moments) or 'none'}"
+        )
+    for name, target in targets.items():
+        expected = int(valid.sum()) * target.grid[0] * target.grid[1]
+        found = sum(one.count for one in moments[name])
+        shapes = {(one.mean.shape, one.m2.shape) for one in moments[name]}
+        with_products = {one.comoment is not None for one in moments[name]}
+        if (
+            found != expected
+            or shapes - {((target.channels,), (target.channels,))}
+            or with_products - {layout.covariance}
+        ):
+            raise StoreError(
+                f"teacher {layout.spec.name!r}, {name!r}: expected moments of {expected} tokens of "
+                f"{target.channels} channels, {'with' if layout.covariance else 'without'} "
+                f"co-moments; got {found} tokens"
+            )
 
 
 def _not_finite(row: Codes, dtype: str) -> bool:

@@ -7,7 +7,7 @@ written by whoever claims it (`store.locks`), and the last one to be done finish
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -22,11 +22,12 @@ from store.documents import write_document
 from store.encode import encode
 from store.errors import StoreError, StoreLockedError, StoreMismatchError, UnfinishedStoreError
 from store.files import Lock, full_disk_refused, lock_folder, make_folder, remove_partials
-from store.layout import ArrayLayout
 from store.locks import FileLock, lock_shard, remove_stale_locks, teacher_turn
 from store.pending import PendingShard, merge_shards
 from store.remote import StorePath, locate
+from store.row_moments import PartMoments
 from store.spec import GLOBAL, TeacherSpec
+from store.statistics import Moments
 from store.stored_codecs import Calibrate, read_codec
 from store.tables import read_root
 from store.teacher import (
@@ -37,7 +38,8 @@ from store.teacher import (
     reopen_admitted,
     write_record,
 )
-from store.values import check_codes, check_rows
+from store.teacher_layout import TeacherLayout
+from store.values import check_codes, check_moments, check_rows
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
 
@@ -60,6 +62,7 @@ class FeatureWriter:
         self._layout = record.layout
         self._lock = lock
         self._codecs = _codecs(folder, record)
+        self._moments = PartMoments(self._layout, self._codecs)
         self._missing: list[int] | None = None  # looked for when it is asked for
         self._claims: dict[int, Lock | FileLock] = {}
         self._pool = ThreadPoolExecutor(os.cpu_count())
@@ -150,9 +153,9 @@ class FeatureWriter:
         return sum(array.row_bytes for array in self._layout.features().values())
 
     @property
-    def arrays(self) -> Mapping[str, ArrayLayout]:
-        """The array of each target, and of `global`, by name."""
-        return self._layout.features()
+    def layout(self) -> TeacherLayout:
+        """Where the teacher's arrays lie, and their extents."""
+        return self._layout
 
     @property
     def codecs(self) -> Mapping[str, Codec]:
@@ -201,7 +204,7 @@ class FeatureWriter:
         pooled: Values | None,
         valid: NDArray[np.bool_],
     ) -> None:
-        """Encode rows and write them, as `write_codes` does.
+        """Encode rows, sum up what a reader gets of them, and write them as `write_codes` does.
 
         Args:
             rows: the rows of this part, all of one shard.
@@ -216,13 +219,20 @@ class FeatureWriter:
         try:
             values = check_rows(self._record.spec, rows, levels, pooled, valid)
             codes = encode(self._layout, self._codecs, values, valid, self._pool)
+            targets = [target.name for target in self._layout.spec.targets]
+            moments = self._pool.map(lambda name: self._moments(name, codes[name], valid), targets)
+            by_target = dict(zip(targets, moments, strict=True))
         except BaseException:
             self._drop()
             raise
-        self.write_codes(rows, codes, valid)
+        self.write_codes(rows, codes, by_target, valid)
 
     def write_codes(
-        self, rows: range, codes: Mapping[str, Codes], valid: NDArray[np.bool_]
+        self,
+        rows: range,
+        codes: Mapping[str, Codes],
+        moments: Mapping[str, Sequence[Moments]],
+        valid: NDArray[np.bool_],
     ) -> None:
         """Write a range given by `missing`, whole or in consecutive parts.
 
@@ -231,17 +241,21 @@ class FeatureWriter:
         Args:
             rows: the rows of this part, all of one shard.
             codes: (n, ...) as stored by `codecs`, of each target and of `global`, by name.
+            moments: of the tokens of the valid rows as they will be read, by target name; one entry
+                a row, or one for several, in order. `sak verify` computes them anew.
             valid: (n,) False where the image is quarantined; such rows must be zeros.
 
         Raises:
             StoreError: rows out of turn, wrong names, shapes or types, floats that are not finite,
-                or a full disk. The begun shard is dropped, all others are safe.
+                moments of other tokens, or a full disk. The begun shard is dropped, all others are
+                safe.
         """
         try:
             pending = self._turn(rows)
             check_codes(self._layout, codes, valid, rows.start)
+            check_moments(self._layout, moments, valid)
             with full_disk_refused(self._folder, self._state):
-                pending.append(codes, valid)
+                pending.append(codes, moments, valid)
                 if pending.full:
                     self._lock.check()
                     self._claims[pending.shard].check()
@@ -317,7 +331,7 @@ class FeatureWriter:
             self._claim_or_refuse(rows)
             refuse_full_disk(self._folder, self._shard_bytes(shard), self._state)
             with full_disk_refused(self._folder, self._state):
-                self._pending = PendingShard(self._folder, layout, shard, self._codecs, self._pool)
+                self._pending = PendingShard(self._folder, layout, shard, self._pool)
         if self._pending is None or rows.start != self._pending.next_row:
             expected = "the start of a shard" if self._pending is None else self._pending.next_row
             raise StoreError(f"{rows} are out of turn: row {expected} comes next")

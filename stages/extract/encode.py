@@ -14,12 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.decode import Decode, decoder
 from stages.extract.errors import NonFiniteFeaturesError
+from stages.extract.moments import token_moments
 from stages.extract.teachers import Features
 from store.codecs import FLOAT16_MAX, BitCodec, Codec, Codes, FloatCodec, Int8Codec
-from store.layout import ArrayLayout
 from store.pyramid import area_weights
+from store.row_moments import PartMoments
 from store.spec import GLOBAL, Grid, TeacherSpec
+from store.statistics import Moments
+from store.teacher_layout import TeacherLayout
 
 _DTYPES = {"<f2": torch.float16, "<f4": torch.float32}
 _CACHED_VALUES = 2**16
@@ -31,50 +35,64 @@ Encode = Callable[[Tensor], Tensor]
 """Maps values B h w C float32 of a target to its codes."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What `FeatureWriter.write_codes` takes of n rows, by target name and `global`."""
+
+    codes: dict[str, Codes]
+    """(n, ...) of each array; zeros where no row is."""
+    moments: dict[str, list[Moments]]
+    """Of the valid rows of each target, as they will be read."""
+
+
 class Encoder:
-    """Encodes what one teacher says; `arrays` and `codecs` are by target name and `global`."""
+    """Encodes what one teacher says, and sums up what a reader will get of it.
 
-    def __init__(
-        self,
-        spec: TeacherSpec,
-        arrays: Mapping[str, ArrayLayout],
-        codecs: Mapping[str, Codec],
-    ) -> None:
-        self._arrays = arrays
+    `codecs` are by target name and `global`. Not to be shared between threads.
+    """
+
+    def __init__(self, layout: TeacherLayout, codecs: Mapping[str, Codec]) -> None:
+        self._arrays = layout.features()
+        self._covariance = layout.covariance
         self._codecs = codecs
-        self._targets = {target.name: target for target in spec.targets}
-        self._encoders: dict[tuple[str, torch.device], Encode] = {}
+        self._targets = {target.name: target for target in layout.spec.targets}
+        self._moments = PartMoments(layout, codecs)
+        self._encoders: dict[tuple[str, torch.device], tuple[Encode, Decode]] = {}
 
-    def __call__(self, features: Features | None, valid: NDArray[np.bool_]) -> dict[str, Codes]:
-        """Return the codes (n, ...) of n rows; the others than `valid` (n,) marks are zeros.
-
-        `features` are of the valid rows, None if there are none.
-        """
-        codes = {
-            name: np.zeros((len(valid), *array.shape[1:]), array.dtype)
-            for name, array in self._arrays.items()
-            if features is None or not valid.all()
-        }
-        if features is not None:
-            for name in self._arrays:
-                found = self._encode(name, features)
-                if name in codes:
-                    codes[name][valid] = found
-                else:
-                    codes[name] = found
-        return codes
+    def __call__(self, features: Features | None, valid: NDArray[np.bool_]) -> Encoded:
+        """Return the codes of n rows; `features` are of those that `valid` (n,) marks, if any."""
+        codes: dict[str, Codes] = {}
+        moments: dict[str, list[Moments]] = {name: [] for name in self._targets}
+        for name, array in self._arrays.items():
+            if features is not None:
+                codes[name], moments[name] = self._encode(name, features)
+            if features is None or not valid.all():
+                every = np.zeros((len(valid), *array.shape[1:]), array.dtype)
+                every[valid] = codes.get(name, 0)
+                codes[name] = every
+        return Encoded(codes=codes, moments={name: moments[name] for name in self._targets})
 
     @torch.inference_mode()
-    def _encode(self, name: str, features: Features) -> Codes:
+    def _encode(self, name: str, features: Features) -> tuple[Codes, list[Moments]]:
         target = self._targets.get(name)
         values = features.outputs()[name if target is None else target.level]
         if target is not None:
             values = area_average(values, target.grid)
-        key = name, values.device
-        if key not in self._encoders:
-            self._encoders[key] = _encoder(self._codecs[name], values.device)
-        found: Codes = self._encoders[key](values).cpu().numpy()
-        return found
+        encode, decode = self._on(name, values.device)
+        codes = encode(values)
+        found: Codes = codes.cpu().numpy()
+        if target is None:
+            return found, []
+        if codes.device.type == "cpu":
+            return found, self._moments(name, found, np.ones(len(found), np.bool_))
+        return found, token_moments(decode(codes), self._covariance)
+
+    def _on(self, name: str, device: torch.device) -> tuple[Encode, Decode]:
+        """Return what encodes and decodes a target on a device."""
+        if (name, device) not in self._encoders:
+            codec = self._codecs[name]
+            self._encoders[name, device] = _encoder(codec, device), decoder(codec, device)
+        return self._encoders[name, device]
 
 
 def area_average(values: Tensor, grid: Grid) -> Tensor:

@@ -56,7 +56,7 @@ class Lane:
     dropped: set[range] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.encoder = Encoder(self.rows.teacher.spec, self.writer.arrays, self.writer.codecs)
+        self.encoder = Encoder(self.writer.layout, self.writer.codecs)
 
     def steps(self, shards: Iterable[range]) -> Iterator[Step]:
         """Cut shards into batches; batches start where shards start, whoever resumes."""
@@ -235,6 +235,6 @@ def _encode_and_write(step: Step, answer: _Answer, clock: StageClock) -> None:
         if answer.features is not None:
             names = [lane.rows.image_id(row) for row in lane.good(step.rows)]
             refuse_unstorable(answer.features, lane.rows.teacher.spec, names)
-        codes = lane.encoder(answer.features, answer.valid)
+        encoded = lane.encoder(answer.features, answer.valid)
     with clock.stage("write"):
-        lane.writer.write_codes(step.rows, codes, answer.valid)
+        lane.writer.write_codes(step.rows, encoded.codes, encoded.moments, answer.valid)

@@ -19,7 +19,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from stages.extract.encode import Encoder
+from stages.extract.teachers import Features
 from store.calibration import Fidelity, FittedTarget
 from store.codecs import BitCodec, Codec, Int8Codec, parse_codec
 from store.create import create_store
@@ -274,11 +277,14 @@ def print_shard(writer: FeatureWriter, spec: TeacherSpec, label: str, rows: int)
         writer._turn(range(1))
     shard = writer._pending
     assert shard is not None
+    encoder = Encoder(writer.layout, writer.codecs)
     for start in range(0, rows, part):
-        size = min(part, rows - start)
-        given = {"global": pooled[:size], **{key: value[:size] for key, value in values.items()}}
+        valid = np.ones(min(part, rows - start), bool)
+        levels = {key: torch.from_numpy(value[: len(valid)]) for key, value in values.items()}
+        features = Features(levels=levels, pooled=torch.from_numpy(pooled[: len(valid)]))
         with times.step("append"):
-            shard.append(given, np.ones(size, bool))
+            encoded = encoder(features, valid)
+            shard.append(encoded.codes, encoded.moments, valid)
     with times.step("commit"):
         shard.commit()
     megabytes = writer.row_bytes * rows / 1e6

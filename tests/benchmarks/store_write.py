@@ -3,10 +3,12 @@
     python tests/benchmarks/store_write.py [--rounds 5] [--json]
 
 A teacher like a ViT-B (four levels of 28 x 36 tokens, 768 channels) and one like a MobileNetV2
-(four levels of growing width) answer in batches of 8; every round writes the same bytes as plain
-files first, then through `FeatureWriter.write_codes` (statistics, checksums, digest, fsync, commit),
-and the ratio is that of one round. The speed of encoding, by one thread, stands beside it: what the
-codes are made of per second. Also reports the peak
+(four levels of growing width) answer in batches of 8, for one shard of 400 MB (the default shard is
+larger: 256 MiB of each array); every round writes the same bytes as plain
+files first, then through `FeatureWriter.write_codes` (checks, checksums, digest, fsync, commit),
+and the ratio is that of one round. Beside it stands the speed of what comes before, where the
+features are: encoding, and the statistics of what a reader will get, on the processor by one
+thread, as float32 features per second. Also reports the peak
 memory of writing 64 and 256 rows, which must not differ by more than the allocator's noise.
 """
 
@@ -47,7 +49,7 @@ TEACHERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=400, help="of the shard that is written")
     parser.add_argument("--codecs", nargs="+", default=["float16", "float32", "int8", "pca-4bit"])
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--json", action="store_true")
@@ -68,7 +70,7 @@ def main() -> None:
         print(json.dumps(results, indent=2))
         return
     print(
-        "| teacher | codec | bytes written | plain MB/s | ours MB/s | ratio (range) | float32 encoded MB/s | peak MiB, 64 rows | 256 rows |"
+        "| teacher | codec | bytes written | plain MB/s | ours MB/s | ratio (range) | encoded and summed, float32 MB/s | peak MiB, 64 rows | 256 rows |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for one in results:
@@ -84,10 +86,11 @@ def measure(teacher: str, codec: str, arguments: argparse.Namespace) -> dict[str
     """Return the speeds of both ways of writing."""
     spec = spec_of(teacher, codec)
     plain, ours, encode, size = [], [], [], 0
+    rows = shard_rows(spec, arguments.megabytes)
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
             folder = Path(name)
-            seconds, encoding = write(folder / "store", spec, arguments.rows)
+            seconds, encoding = write(folder / "store", spec, rows)
             encode.append(encoding)
             files = [
                 path for path in (folder / "store").rglob("c.*") if path.stat().st_size > 2**20
@@ -95,7 +98,7 @@ def measure(teacher: str, codec: str, arguments: argparse.Namespace) -> dict[str
             data = [path.read_bytes() for path in files]
             size = sum(map(len, data))
             shutil.rmtree(folder / "store")
-            plain.append(size / 1e6 / write_plainly(folder, data, arguments.rows))
+            plain.append(size / 1e6 / write_plainly(folder, data, rows))
             ours.append(size / 1e6 / seconds)
     ratios = [fast / slow for fast, slow in zip(ours, plain, strict=True)]
     values = sum(height * width * channels for _, (height, width), channels in TEACHERS[teacher])
@@ -109,8 +112,8 @@ def measure(teacher: str, codec: str, arguments: argparse.Namespace) -> dict[str
         codec,
     ]
     memory = [
-        int(subprocess.run([*command, rows], check=True, capture_output=True, text=True).stdout)
-        for rows in ("64", "256")
+        int(subprocess.run([*command, count], check=True, capture_output=True, text=True).stdout)
+        for count in ("64", "256")
     ]
     return {
         "teacher": teacher,
@@ -121,7 +124,7 @@ def measure(teacher: str, codec: str, arguments: argparse.Namespace) -> dict[str
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
-        "encode": values * 4 * arguments.rows / 1e6 / statistics.median(encode),
+        "encode": values * 4 * rows / 1e6 / statistics.median(encode),
         "memory": memory,
     }
 
@@ -133,6 +136,13 @@ def spec_of(teacher: str, codec: str) -> TeacherSpec:
         for name, grid, channels in TEACHERS[teacher]
     )
     return TeacherSpec(name="teacher", levels=levels, provenance={}, codec=codec)
+
+
+def shard_rows(spec: TeacherSpec, megabytes: int) -> int:
+    """Return how many rows, a multiple of the batch, have so many megabytes as stored."""
+    bits = {"float32": 32, "float16": 16, "int8": 8}.get(spec.codec) or int(spec.codec[4])
+    values = sum(level.grid[0] * level.grid[1] * level.channels for level in spec.levels)
+    return round(megabytes * 1e6 / (values * bits / 8) / BATCH) * BATCH
 
 
 def answers(spec: TeacherSpec, rows: int) -> dict[str, np.ndarray]:
@@ -159,15 +169,16 @@ def write(path: Path, spec: TeacherSpec, rows: int) -> tuple[float, float]:
     levels = {name: torch.from_numpy(level) for name, level in batch.items()}
     features = Features(levels=levels, pooled=None)
     with FeatureWriter.open(path, spec, 2**40, calibrate=calibrate) as writer:
-        encoder = Encoder(spec, writer.arrays, writer.codecs)
-        codes = encoder(features, valid)  # the first call is slower than all others
+        encoder = Encoder(writer.layout, writer.codecs)
+        encoded = encoder(features, valid)  # the first call is slower than all others
         started = time.perf_counter()
-        codes = encoder(features, valid)
+        encoded = encoder(features, valid)
         encoding = (time.perf_counter() - started) * rows / BATCH
         os.sync()
         started = time.perf_counter()
         for start in range(0, rows, BATCH):
-            writer.write_codes(range(start, start + BATCH), codes, valid)
+            part = range(start, start + BATCH)
+            writer.write_codes(part, encoded.codes, encoded.moments, valid)
         writer.finish()
         seconds = time.perf_counter() - started
     assert FeatureStore(path).rows == rows

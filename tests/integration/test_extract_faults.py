@@ -36,7 +36,7 @@ def interfere(run):
     os.dup2(os.open(run["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     if run.get("kill"):
-        kill_at_call(run["kill"], ("write", "fsync", "replace", "unlink"))
+        kill_at_call(run["kill"], ("writev", "fsync", "replace", "unlink"))
     rows = 0
     def counted(self, row):
         nonlocal rows

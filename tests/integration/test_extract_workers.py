@@ -43,7 +43,7 @@ class Tickets(WorkerPlugin):
                 os.unlink(os.path.join(self.folder, ticket))
             except FileNotFoundError:
                 continue  # another worker was faster
-            kill_at_call(int(ticket.partition("-")[2]), ("write", "fsync", "replace", "unlink"))
+            kill_at_call(int(ticket.partition("-")[2]), ("writev", "fsync", "replace", "unlink"))
             break
 
 def job(params):

@@ -316,7 +316,7 @@ def stopped_after(calls: int) -> Iterator[None]:
         return call
 
     replacing = mock.patch("os.replace", counted(os.replace))
-    with suppress(Stopped), replacing, mock.patch("os.write", counted(os.write)):
+    with suppress(Stopped), replacing, mock.patch("os.writev", counted(os.writev)):
         yield
 
 

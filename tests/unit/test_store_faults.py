@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ from store.testing import *
 folder = Path(sys.argv[1])
 
 def run(path, kill_at):
-    kill_at_call(kill_at, ("write", "fsync", "replace", "unlink"))
+    kill_at_call(kill_at, ("writev", "fsync", "replace", "unlink"))
     write_store(path, sample_images(6), sample_teacher(), covariance=True)
 
 for number in range(1, 10_000, 3):  # each file takes four calls, so all four are hit
@@ -289,19 +289,19 @@ def test_full_disk_says_what_is_safe_and_resumes(
 ) -> None:
     path = tmp_path / "store"
     create_store(path, sample_images(ROWS), sample_views(ROWS))
-    real = os.write
+    real = os.writev
     left = 10**9
 
-    def write(descriptor: int, data: memoryview) -> int:
+    def write(descriptor: int, parts: Sequence[memoryview]) -> int:
         nonlocal left
-        if len(data) > left:
+        if sum(map(len, parts)) > left:
             raise OSError(code, os.strerror(code))
-        left -= len(data)
-        return real(descriptor, data)
+        left -= sum(map(len, parts))
+        return real(descriptor, parts)
 
     with FeatureWriter.open(path, SPEC, SHARD_BYTES, covariance=True) as writer:
         write_rows(writer, SPEC, range(4))
-        monkeypatch.setattr(os, "write", write)
+        monkeypatch.setattr(os, "writev", write)
         left = 400
         with pytest.raises(
             StoreError, match=r"no space left .*still needs 0\.0 MiB; 1 of 2 shards are safe.*again"
@@ -377,8 +377,8 @@ def test_features_without_their_description_are_not_trusted(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["zarr.json", "small/zarr.json"])
 def test_other_formats_are_refused_with_advice(path: Path, name: str) -> None:
-    edit(path / name, lambda document: document["attributes"].update(format_version=3))
-    with pytest.raises(StoreFormatError, match=r"format version 3, this release reads 2; upgrade"):
+    edit(path / name, lambda document: document["attributes"].update(format_version=4))
+    with pytest.raises(StoreFormatError, match=r"format version 4, this release reads 3; upgrade"):
         FeatureStore(path)
     edit(path / name, lambda document: document["attributes"].pop("format"))
     with pytest.raises(StoreFormatError, match="not of a feature store"):

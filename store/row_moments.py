@@ -1,0 +1,61 @@
+"""Moments of what a reader gets of rows, gathered one row at a time and without a batch's traces."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.codecs import Codec, Codes
+from store.statistics import Moments
+from store.teacher_layout import TeacherLayout
+
+
+class RowMoments:
+    """Decodes single rows of one target and sums them; not to be shared between threads.
+
+    The co-moments of the last row are overwritten by those of the next.
+    """
+
+    def __init__(self, codec: Codec, channels: int, covariance: bool) -> None:
+        self._codec = codec
+        self.channels = channels
+        # Fresh arrays per row would cost more in page faults than the sums themselves.
+        self._decoded: NDArray[np.float32] | None = None
+        self._product = np.empty((channels, channels)) if covariance else None
+
+    def __call__(self, codes: Codes) -> Moments:
+        """Return the moments of a row as stored."""
+        if self._decoded is None:
+            self._decoded = np.array(self._codec.decode(codes), np.float32)
+        else:
+            self._codec.decode(codes, self._decoded)
+        return Moments.of(self._decoded, self._product)
+
+
+class PartMoments:
+    """The moments of parts of a teacher, as `FeatureWriter.write_codes` wants them."""
+
+    def __init__(self, layout: TeacherLayout, codecs: Mapping[str, Codec]) -> None:
+        self._covariance = layout.covariance
+        self._rows = {
+            target.name: RowMoments(codecs[target.name], target.channels, layout.covariance)
+            for target in layout.spec.targets
+        }
+
+    def __call__(self, target: str, codes: Codes, valid: NDArray[np.bool_]) -> list[Moments]:
+        """Return the moments of the valid ones of rows (n, ...) of a target, `valid` (n,).
+
+        One for each row; with covariances, which are large, one for all of them.
+        """
+        moments = self._of_rows(target, codes, valid)
+        if not self._covariance:
+            return list(moments)
+        total = Moments.empty(self._rows[target].channels, covariance=True)
+        for one in moments:
+            total = total.merge(one)
+        return [total]
+
+    def _of_rows(self, target: str, codes: Codes, valid: NDArray[np.bool_]) -> Iterator[Moments]:
+        for row, good in zip(codes, valid, strict=True):
+            if good:
+                yield self._rows[target](row)
