@@ -46,7 +46,7 @@ def check_file(
             scene.damage("data", str(error), level=target)
             return False
         if digest is not None and reader.digest() != digest:
-            what = f"{path} is not the file that was committed: its digest is another"
+            what = f"{path} is not the file that was committed: its digest differs"
             scene.damage("data", what, level=target)
         moments = _check_rows(scene, target, layout, reader, marks, record)
     if moments is not None and record is not None:
