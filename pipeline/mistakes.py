@@ -1,5 +1,7 @@
 """What becomes of an exception: a user's mistake is a message, a fault of ours keeps its traceback."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from typer import Exit
@@ -28,6 +30,7 @@ class GuardedGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> object:
         """Run the command line."""
+        arguments = [*ctx._protected_args, *ctx.args]  # running it consumes them
         try:
             return super().invoke(ctx)
         except Terminated:
@@ -40,5 +43,18 @@ class GuardedGroup(TyperGroup):
             message = user_message(error)
             if message is None:
                 raise
-            console.fail(message)
+            console.fail(self._with_params(message, arguments))
             raise Exit(2) from error
+
+    def _with_params(self, message: str, arguments: Sequence[str]) -> str:
+        """Give each command that a message advises the parameter file that this one was given."""
+        given = re.search(r"(?<!\S)--params[= ](\S+)", " ".join(arguments))
+        if given is None:
+            return message
+        takers = [
+            name
+            for name, command in self.commands.items()
+            if any(one.name == "params" and one.default is not None for one in command.params)
+        ]
+        advised = rf"`(sak (?:{'|'.join(takers)})\b[^`]*)`"
+        return re.sub(advised, lambda found: f"`{found[1]} --params {given[1]}`", message)

@@ -195,3 +195,9 @@ def test_mistakes_end_in_a_message(
 def test_inspect_of_what_is_no_store(tmp_path: Path) -> None:
     output = sak("inspect", tmp_path, code=2)
     assert "Traceback" not in output
+
+
+def test_advised_commands_name_the_parameter_file(tiny_params: Path) -> None:
+    for arguments in (["--params", str(tiny_params)], [f"--params={tiny_params}"]):
+        output = sak("extract-teachers", *arguments, code=2)
+        assert f"`sakindex--params{tiny_params}`" in "".join(output.split())
