@@ -5,14 +5,22 @@ import ctypes
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _NEVER = 2**31 - 1
 
+KEPT = {
+    "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
+"""What `keep_freed_memory` does, as environment of a process that is still to be started."""
+
 
 def keep_freed_memory() -> None:
     """Have the C library hand freed memory out again instead of giving it back to the system.
 
     Tensors come and go with every layer. glibc gives each large one back, so the next is made of
     fresh pages, which the system has to clear: nearly half the time of a convolutional network on a
-    processor (tests/benchmarks/extraction.py). To be called before tensors are made, by a program,
-    not by a library. Does nothing on other C libraries.
+    processor (tests/benchmarks/extraction.py). To be called by a program, not by a library, before
+    torch is imported: once two threads have allocated, each goes on keeping a heap of its own, which
+    gives back what is large (`KEPT` holds for a process from its start). Does nothing on other C
+    libraries.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -15,9 +15,11 @@ Theia's feature cache has. With `--give-back` memory is as Python starts, withou
 import argparse
 import io
 import json
+import os
 import resource
 import shutil
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -39,7 +41,7 @@ from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.reading import RowReader, open_rows
 from stages.extract.run import extract
 from stages.extract.teachers import NetworkTeacher, load_teacher
-from stages.memory import keep_freed_memory
+from stages.memory import KEPT
 from stages.progress import NoProgress
 from store.create import create_store
 
@@ -78,8 +80,9 @@ def main() -> None:
     parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.give_back:
-        keep_freed_memory()  # as `sak` does; the others in this process profit as well
+    if not arguments.give_back and not KEPT.items() <= os.environ.items():
+        # As `sak` does before it imports torch; the others in this process profit as well.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         bench = Bench(Path(name), arguments.images, arguments.rounds)
         results = getattr(bench, arguments.what)()
