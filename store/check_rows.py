@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from store.codecs import Codec
+from store.codecs import BitCodec, Codec
 from store.errors import StoreDamagedError
 from store.layout import ArrayLayout
 from store.remote import StorePath
@@ -22,6 +22,8 @@ _ROUNDING = 1e-5
 """Relative difference of sums that another processor or numpy may explain: they are in float32
 over some hundred tokens, 6e-8 for each term with signs as they fall. Other rows' statistics differ
 by far more, and single bytes have checksums."""
+_MIXED_ROUNDING = 1e-6
+"""The same of a product of matrices, of the largest value that enters it."""
 
 
 def check_file(
@@ -110,11 +112,11 @@ def _compare_moments(scene: ShardScene, target: str, found: Moments, record: Mom
     same_count = found.count == record.count
     if same_count and all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
         return
-    energy = record.m2.max()
-    scales = [np.abs(record.mean).max() + np.sqrt(energy), energy, energy]
     near = all(
-        np.all(np.abs(again - stored) <= _ROUNDING * scale)
-        for (again, stored), scale in zip(pairs, scales, strict=False)
+        np.all(np.abs(again - stored) <= limit)
+        for (again, stored), limit in zip(
+            pairs, _rounding(found, scene.codecs[target]), strict=False
+        )
     )
     if same_count and near:
         scene.found.add(
@@ -125,3 +127,19 @@ def _compare_moments(scene: ShardScene, target: str, found: Moments, record: Mom
         return
     what = "the features do not have the statistics that the commit record says"
     scene.damage("statistics", what, level=target)
+
+
+def _rounding(moments: Moments, codec: Codec) -> Iterator[NDArray[np.float64]]:
+    """Yield how far mean, sums of squares and co-moments of another machine may be from these.
+
+    Of each channel for itself, by its own spread; where a rotation mixes channels, a strong one
+    leaves its rounding in all of them.
+    """
+    deviation = np.sqrt(moments.m2 / max(moments.count, 1))
+    scale = np.abs(moments.mean) + deviation
+    mixed = isinstance(codec, BitCodec) or getattr(codec, "rotation", None) is not None
+    stray = _MIXED_ROUNDING * scale.max() if mixed else 0.0
+    spread = _ROUNDING * deviation + stray
+    yield _ROUNDING * scale + stray
+    yield moments.count * (2 * deviation + spread) * spread
+    yield moments.count * (np.outer(deviation, spread) + np.outer(spread, deviation + spread))

@@ -1,4 +1,4 @@
-"""The files of format 1: which arrays there are, their Zarr v3 metadata, paths and sizes.
+"""The files of the format: which arrays there are, their Zarr v3 metadata, paths and sizes.
 
 The metadata documents are written out here, not taken from a library, so that one version of the
 format is the same bytes under every version of zarr, and so that a reader can compare a document

@@ -1,6 +1,6 @@
 """The shard that is being written: rows arrive in order, nothing shows until it is committed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from store.chunks import read_chunk, write_chunk
 from store.codecs import Codes
+from store.errors import StoreError
 from store.files import remove_file
 from store.layout import ArrayLayout
 from store.remote import StorePath, each
@@ -16,6 +17,7 @@ from store.shard import ShardWriter
 from store.statistics import Moments
 from store.teacher import QUARANTINED, VALID
 from store.teacher_layout import TeacherLayout
+from store.values import check_moments
 
 Done = TypeVar("Done")
 
@@ -26,15 +28,28 @@ class TargetWriter:
     def __init__(
         self, folder: StorePath, array: ArrayLayout, shard: int, moments: Moments | None
     ) -> None:
+        self._path = folder / array.path
         self.file = ShardWriter(folder, array, shard)
         self.moments = moments
 
-    def append(self, codes: Codes, moments: Sequence[Moments]) -> None:
-        """Add rows as they are stored (n, ...), and the moments of the valid ones, in order."""
+    def append(self, codes: Codes, moments: Iterable[Moments], tokens: int) -> None:
+        """Add rows as they are stored (n, ...), and the moments of the valid ones, in order.
+
+        Raises:
+            StoreError: these are of another number of tokens, or cannot be moments.
+        """
         self.file.append(codes)
+        if self.moments is None:
+            return
+        before = self.moments.count
         for one in moments:
-            assert self.moments is not None
+            check_moments(self._path, one, self.moments)
             self.moments = self.moments.merge(one)
+        if self.moments.count - before != tokens:
+            raise StoreError(
+                f"{self._path}: moments of {self.moments.count - before} tokens were given, the "
+                f"valid rows have {tokens}"
+            )
 
 
 class PendingShard:
@@ -57,6 +72,9 @@ class PendingShard:
         self.rows = layout.shard_rows(shard)
         self.next_row = self.rows.start
         self._marks: list[NDArray[np.uint8]] = []
+        self._tokens = {
+            target.name: target.grid[0] * target.grid[1] for target in layout.spec.targets
+        }
         moments = empty_moments(layout)
         self._writers: dict[str, TargetWriter] = {}
         try:
@@ -74,7 +92,7 @@ class PendingShard:
     def append(
         self,
         codes: Mapping[str, Codes],
-        moments: Mapping[str, Sequence[Moments]],
+        moments: Mapping[str, Iterable[Moments]],
         valid: NDArray[np.bool_],
     ) -> None:
         """Add the next rows: codes (n, ...) by target name and `global`, `valid` (n,).
@@ -83,7 +101,8 @@ class PendingShard:
         """
 
         def write(name: str) -> None:
-            self._writers[name].append(codes[name], moments.get(name, ()))
+            tokens = int(valid.sum()) * self._tokens.get(name, 0)
+            self._writers[name].append(codes[name], moments.get(name, ()), tokens)
 
         _finished([self._pool.submit(write, name) for name in self._writers])
         self._marks.append(np.where(valid, VALID, QUARANTINED).astype(np.uint8))

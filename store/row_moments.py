@@ -1,6 +1,6 @@
 """Moments of what a reader gets of rows, gathered one row at a time and without a batch's traces."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,18 +42,13 @@ class PartMoments:
             for target in layout.spec.targets
         }
 
-    def __call__(self, target: str, codes: Codes, valid: NDArray[np.bool_]) -> list[Moments]:
-        """Return the moments of the valid ones of rows (n, ...) of a target, `valid` (n,).
+    def __call__(self, target: str, codes: Codes, valid: NDArray[np.bool_]) -> Iterable[Moments]:
+        """Return the moments of each valid one of rows (n, ...) of a target, `valid` (n,).
 
-        One for each row; with covariances, which are large, one for all of them.
+        With covariances, which are large, each is made when it is asked for, over the last.
         """
         moments = self._of_rows(target, codes, valid)
-        if not self._covariance:
-            return list(moments)
-        total = Moments.empty(self._rows[target].channels, covariance=True)
-        for one in moments:
-            total = total.merge(one)
-        return [total]
+        return moments if self._covariance else list(moments)
 
     def _of_rows(self, target: str, codes: Codes, valid: NDArray[np.bool_]) -> Iterator[Moments]:
         for row, good in zip(codes, valid, strict=True):

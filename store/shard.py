@@ -4,9 +4,10 @@
 
 Slots of the index beyond the last row of a short shard hold 2**64 - 1, Zarr's mark of "empty".
 
-A file's digest is the SHA-256 of its checksums: those of the rows in order, then the index and its
-own. With rows that match their checksums it says which file this is, and it costs no second pass
-over the rows: a SHA-256 of all bytes took two thirds of the time of writing them.
+A file's digest is the SHA-256 of its array and number and of its checksums: those of the rows in
+order, then the index and its own. With rows that match their checksums it says which file this is,
+and it costs no second pass over the rows: a SHA-256 of all bytes took two thirds of the time of
+writing them. It is proof against accidents, not against somebody who forges rows to fit a crc32c.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ class ShardWriter:
         self._slots = layout.chunk[0]
         self._record_bytes = layout.row_bytes + CHECKSUM_BYTES
         self._rows = 0
-        self._hash = hashlib.sha256()
+        self._hash = _digest_of(layout, number)
         self._file = new_file(folder / layout.file_path(number))
 
     def append(self, rows: NDArray[Any]) -> None:
@@ -86,6 +87,7 @@ class ShardReader:
     ) -> None:
         self._path = folder / layout.file_path(number)
         self._descriptor = -1
+        self._layout, self._number = layout, number
         self._record_bytes = layout.row_bytes + CHECKSUM_BYTES
         try:
             self._descriptor = os.open(str(copy or self._path), os.O_RDONLY)
@@ -115,12 +117,17 @@ class ShardReader:
 
     def digest(self) -> bytes:
         """Return the file's digest; it vouches for the rows that match their checksums."""
-        state = hashlib.sha256()
+        state = _digest_of(self._layout, self._number)
         for offset in self._offsets.tolist():
             end = offset + self._record_bytes
             state.update(os.pread(self._descriptor, CHECKSUM_BYTES, end - CHECKSUM_BYTES))
         state.update(self._index)
         return state.digest()
+
+
+def _digest_of(layout: ArrayLayout, number: int) -> "hashlib._Hash":
+    """Begin a digest with what the file is to be, so that none can stand for another."""
+    return hashlib.sha256(f"{layout.path} {number}".encode())
 
 
 def index_range(layout: ArrayLayout, number: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a teacher's answer must be like before it is stored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +78,19 @@ def check_values(
 
 
 def check_codes(
-    layout: TeacherLayout, codes: Mapping[str, Codes], valid: NDArray[np.bool_], first_row: int
+    layout: TeacherLayout, codes: Mapping[str, Codes], valid: NDArray[np.bool_], rows: range
 ) -> None:
-    """Refuse codes that are not as the teacher's arrays want them, of rows from `first_row` on.
+    """Refuse codes of `rows` that are not as the teacher's arrays want them.
 
     Raises:
         StoreError: wrong names, shapes or types; NaN or infinity; a quarantined row that is not
             zero.
     """
     arrays, name = layout.features(), layout.spec.name
+    if valid.dtype != np.bool_ or valid.shape != (len(rows),):
+        raise StoreError(
+            f"valid must be bool of shape {(len(rows),)}, got {valid.dtype} of {valid.shape}"
+        )
     if codes.keys() != arrays.keys():
         raise StoreError(f"teacher {name!r} stores {', '.join(arrays)}; got {', '.join(codes)}")
     for target, array in arrays.items():
@@ -101,38 +105,29 @@ def check_codes(
         if array.dtype in _EXPONENTS:
             bad = np.array([_not_finite(row, array.dtype) for row in found])
             if bad.any():
-                raise StoreError(f"{where}: {_rows(bad, first_row)} hold NaN or infinity")
+                raise StoreError(f"{where}: {_rows(bad, rows.start)} hold NaN or infinity")
 
 
-def check_moments(
-    layout: TeacherLayout, moments: Mapping[str, Sequence[Moments]], valid: NDArray[np.bool_]
-) -> None:
-    """Refuse moments that cannot be those of the valid ones of rows, by `valid` (n,).
+def check_moments(where: object, found: Moments, like: Moments) -> None:
+    """Refuse what cannot be moments, or not of as many channels as `like`.
 
     Raises:
-        StoreError: wrong names or shapes, or another number of tokens.
+        StoreError: other shapes, co-moments where none are kept or none where they are, numbers that
+            are not finite, or sums of squares below zero.
     """
-    targets = {target.name: target for target in layout.spec.targets}
-    if moments.keys() != targets.keys():
+    shapes = [None if one is None else one.shape for one in _parts(found)]
+    expected = [None if one is None else one.shape for one in _parts(like)]
+    if shapes != expected:
         raise StoreError(
-            f"teacher {layout.spec.name!r} has moments of {', '.join(targets)}; "
-            f"got {', '.join(moments) or 'none'}"
+            f"{where}: expected moments (mean, M2, co-moments) {expected}, got {shapes}"
         )
-    for name, target in targets.items():
-        expected = int(valid.sum()) * target.grid[0] * target.grid[1]
-        found = sum(one.count for one in moments[name])
-        shapes = {(one.mean.shape, one.m2.shape) for one in moments[name]}
-        with_products = {one.comoment is not None for one in moments[name]}
-        if (
-            found != expected
-            or shapes - {((target.channels,), (target.channels,))}
-            or with_products - {layout.covariance}
-        ):
-            raise StoreError(
-                f"teacher {layout.spec.name!r}, {name!r}: expected moments of {expected} tokens of "
-                f"{target.channels} channels, {'with' if layout.covariance else 'without'} "
-                f"co-moments; got {found} tokens"
-            )
+    finite = all(np.isfinite(one).all() for one in _parts(found) if one is not None)
+    if not finite or (found.m2 < 0).any() or found.count < 0:
+        raise StoreError(f"{where}: moments must be finite, and sums of squares not below zero")
+
+
+def _parts(moments: Moments) -> list[NDArray[np.float64] | None]:
+    return [moments.mean, moments.m2, moments.comoment]
 
 
 def _not_finite(row: Codes, dtype: str) -> bool:

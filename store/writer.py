@@ -7,7 +7,7 @@ written by whoever claims it (`store.locks`), and the last one to be done finish
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -39,7 +39,7 @@ from store.teacher import (
     write_record,
 )
 from store.teacher_layout import TeacherLayout
-from store.values import check_codes, check_moments, check_rows
+from store.values import check_codes, check_rows
 
 __all__ = ["DEFAULT_SHARD_BYTES", "FeatureWriter", "create_store"]
 
@@ -231,7 +231,7 @@ class FeatureWriter:
         self,
         rows: range,
         codes: Mapping[str, Codes],
-        moments: Mapping[str, Sequence[Moments]],
+        moments: Mapping[str, Iterable[Moments]],
         valid: NDArray[np.bool_],
     ) -> None:
         """Write a range given by `missing`, whole or in consecutive parts.
@@ -252,8 +252,7 @@ class FeatureWriter:
         """
         try:
             pending = self._turn(rows)
-            check_codes(self._layout, codes, valid, rows.start)
-            check_moments(self._layout, moments, valid)
+            check_codes(self._layout, codes, valid, rows)
             with full_disk_refused(self._folder, self._state):
                 pending.append(codes, moments, valid)
                 if pending.full:

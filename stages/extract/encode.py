@@ -6,7 +6,7 @@ where a value lies within float32 rounding of the middle between two of them.
 Letters: `B` batch, `h w` cells of a level, `C` channels, `K` components, `E` edges of steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class Encoded:
 
     codes: dict[str, Codes]
     """(n, ...) of each array; zeros where no row is."""
-    moments: dict[str, list[Moments]]
+    moments: dict[str, Iterable[Moments]]
     """Of the valid rows of each target, as they will be read."""
 
 
@@ -62,7 +62,7 @@ class Encoder:
     def __call__(self, features: Features | None, valid: NDArray[np.bool_]) -> Encoded:
         """Return the codes of n rows; `features` are of those that `valid` (n,) marks, if any."""
         codes: dict[str, Codes] = {}
-        moments: dict[str, list[Moments]] = {name: [] for name in self._targets}
+        moments: dict[str, Iterable[Moments]] = dict.fromkeys(self._targets, ())
         for name, array in self._arrays.items():
             if features is not None:
                 codes[name], moments[name] = self._encode(name, features)
@@ -73,7 +73,7 @@ class Encoder:
         return Encoded(codes=codes, moments={name: moments[name] for name in self._targets})
 
     @torch.inference_mode()
-    def _encode(self, name: str, features: Features) -> tuple[Codes, list[Moments]]:
+    def _encode(self, name: str, features: Features) -> tuple[Codes, Iterable[Moments]]:
         target = self._targets.get(name)
         values = features.outputs()[name if target is None else target.level]
         if target is not None:
@@ -82,7 +82,7 @@ class Encoder:
         codes = encode(values)
         found: Codes = codes.cpu().numpy()
         if target is None:
-            return found, []
+            return found, ()
         if codes.device.type == "cpu":
             return found, self._moments(name, found, np.ones(len(found), np.bool_))
         return found, token_moments(decode(codes), self._covariance)

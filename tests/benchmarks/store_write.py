@@ -4,9 +4,9 @@
 
 A teacher like a ViT-B (four levels of 28 x 36 tokens, 768 channels) and one like a MobileNetV2
 (four levels of growing width) answer in batches of 8, for one shard of 400 MB (the default shard is
-larger: 256 MiB of each array); every round writes the same bytes as plain
-files first, then through `FeatureWriter.write_codes` (checks, checksums, digest, fsync, commit),
-and the ratio is that of one round. Beside it stands the speed of what comes before, where the
+larger: 256 MiB of each array); every round writes through
+`FeatureWriter.write_codes` (checks, checksums, digest, fsync, commit), then the same
+bytes as plain files, and the ratio is that of one round. Beside it stands the speed of what comes before, where the
 features are: encoding, and the statistics of what a reader will get, on the processor by one
 thread, as float32 features per second. Also reports the peak
 memory of writing 64 and 256 rows, which must not differ by more than the allocator's noise.

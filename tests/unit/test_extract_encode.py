@@ -1,7 +1,9 @@
 """Encoding in torch gives what the codecs of the store give."""
 
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,7 +127,8 @@ def test_moments_on_another_device_are_those_of_a_processor(codec: str, covarian
         rows = [codecs[target.name].decode(row) for row in found.codes[target.name]]
         np.testing.assert_allclose(values, np.stack(rows), rtol=2e-5, atol=1e-6)
         elsewhere = reduce(Moments.merge, token_moments(values, covariance))
-        here = reduce(Moments.merge, found.moments[target.name])
+        nothing = Moments.empty(target.channels, covariance)
+        here = reduce(Moments.merge, found.moments[target.name], nothing)
         assert elsewhere.count == here.count == 5 * target.grid[0] * target.grid[1]
         np.testing.assert_allclose(elsewhere.mean, here.mean, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(elsewhere.m2, here.m2, rtol=1e-5, atol=1e-5 * here.m2.max())
@@ -160,20 +163,36 @@ def test_a_store_of_codes_is_that_of_features(codec: str, covariance: bool, tmp_
             writer.finish()
         # Six rows of noise have outliers; every sum and every byte has to be right.
         assert {one.check for one in verify(path).findings} <= {"features"}
-    if not covariance:
-        assert file_digests(tmp_path / "codes") == file_digests(tmp_path / "features")
+    assert file_digests(tmp_path / "codes") == file_digests(tmp_path / "features")
 
 
-def test_moments_of_other_rows_are_refused(tmp_path: Path) -> None:
+def test_what_is_not_of_these_rows_is_refused(tmp_path: Path) -> None:
     spec = sample_teacher()
     create_store(tmp_path / "store", sample_images(4), sample_views(4))
     with FeatureWriter.open(tmp_path / "store", spec) as writer:
         encoder = Encoder(writer.layout, writer.codecs)
         valid = np.ones(4, bool)
         encoded = encoder(features_of(spec, range(4)), valid)
+        moments, codes = encoded.moments, encoded.codes
         fewer = encoder(features_of(spec, range(3)), valid[:3])
-        for moments in (fewer.moments, {}, {name: [] for name in encoded.moments}):
-            with pytest.raises(StoreError, match="moments of"):
-                writer.write_codes(range(4), encoded.codes, moments, valid)
-        writer.write_codes(range(4), encoded.codes, encoded.moments, valid)
+        name, parts = next(iter((key, list(value)) for key, value in moments.items()))
+        bad = [replace(parts[0], m2=parts[0].m2 * value) for value in (np.nan, np.inf, -1.0)] + [
+            replace(parts[0], mean=parts[0].mean[:-1])
+        ]
+        wrong: list[tuple[range, Any, Any, Any, str]] = [
+            (range(4), codes, fewer.moments, valid, "valid rows have"),
+            (range(4), codes, {}, valid, "valid rows have"),
+            *(
+                (range(4), codes, {**moments, name: [one, *parts[1:]]}, valid, "moments")
+                for one in bad
+            ),
+            (range(2), codes, moments, valid, "valid must be bool of shape"),
+            (range(4), fewer.codes, fewer.moments, valid[:3], "valid must be bool of shape"),
+            (range(0), codes, moments, valid[:0], "are no rows"),
+        ]
+        for rows, some, sums, marks, message in wrong:
+            with pytest.raises(StoreError, match=message):
+                writer.write_codes(rows, some, sums, marks)
+        writer.write_codes(range(4), codes, moments, valid)
         writer.finish()
+    assert {one.check for one in verify(tmp_path / "store").findings} <= {"features"}
