@@ -102,7 +102,7 @@ class StreamSpec:
     cache_bytes: int
     resolution: Literal["finest"] | Grid = "finest"
     depth: DepthRule = "metric"
-    window: int = 16
+    window: int = 64
     """Shards that are shuffled together, see `Shuffle`."""
     teachers_per_image: int | None = None
     """Teachers drawn for each image and epoch; None: all of them."""
