@@ -153,16 +153,16 @@ def test_only_what_is_asked_for_is_read(
 def test_targets_not_asked_for_are_never_read(
     spec: StreamSpec, dataset: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads: list[tuple[str, str, Grid | None]] = []
-    read_codes = FeatureStore.read_codes
+    reads: list[tuple[str, str, Grid]] = []
+    read_codes_into = FeatureStore.read_codes_into
 
     def counted(
-        self: FeatureStore, teacher: str, level: str, rows: list[int], grid: Grid | None = None
-    ) -> Codes:
+        self: FeatureStore, teacher: str, level: str, rows: list[int], out: Codes, grid: Grid
+    ) -> None:
         reads.append((teacher, level, grid))
-        return read_codes(self, teacher, level, rows, grid)
+        read_codes_into(self, teacher, level, rows, out, grid)
 
-    monkeypatch.setattr(FeatureStore, "read_codes", counted)
+    monkeypatch.setattr(FeatureStore, "read_codes_into", counted)
     read(spec, dataset, store, 1, 2)
     assert reads == [("sam", "block_0", (5, 7)), ("sam", "block_1", (4, 4))]
     read(replace(spec, resolution=(2, 2)), dataset, store, 1)
