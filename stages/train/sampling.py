@@ -61,6 +61,23 @@ class StepSampler(Sampler[list[Draw]]):
         return np.random.Generator(bits).permutation(self._images)
 
 
+class RankSampler(Sampler[list[Draw]]):
+    """Yields process `rank`'s part of every step; the `world` parts together are the step."""
+
+    def __init__(self, steps: StepSampler, rank: int, world: int) -> None:
+        self._steps, self._rank, self._world = steps, rank, world
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield one list of draws per step."""
+        for draws in self._steps:
+            share = len(draws) // self._world
+            yield draws[self._rank * share : (self._rank + 1) * share]
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._steps)
+
+
 def choose_view(seed: int, epoch: int, image_id: str, views: int) -> int:
     """Return which of its views an image shows in an epoch, whoever asks and in whatever order.
 

@@ -20,7 +20,7 @@ from stages.data.images import read_image
 from stages.data.view import DepthRule, cut_view, view_image, whole
 from stages.data.views import row_view
 from stages.train.jitter import image_generator, jitter
-from stages.train.sampling import Draw, StepSampler, choose_view
+from stages.train.sampling import Draw, RankSampler, StepSampler, choose_view
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec
 
@@ -252,15 +252,23 @@ def usable_ids(
 
 
 def batches(
-    stream: TargetStream, *, batch_size: int, start: int, stop: int, workers: int, pin: bool
+    stream: TargetStream,
+    *,
+    batch_size: int,
+    start: int,
+    stop: int,
+    workers: int,
+    pin: bool,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """Iterate over the batches of steps `start` (inclusive) to `stop` (exclusive)."""
+    """Iterate over process `rank`'s share of steps `start` (inclusive) to `stop` (exclusive)."""
     sampler = StepSampler(
         images=len(stream), batch_size=batch_size, seed=stream.spec.seed, start=start, stop=stop
     )
     loader = DataLoader(
         stream,
-        batch_sampler=sampler,
+        batch_sampler=RankSampler(sampler, rank, world),
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin,

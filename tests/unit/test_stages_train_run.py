@@ -19,8 +19,9 @@ from stages.data.images import read_image
 from stages.progress import NoProgress
 from stages.train.checkpoint import CheckpointError
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
-from stages.train.loop import NonFiniteLossError
-from stages.train.run import TrainingError, TrainingRun, train
+from stages.train.guard import NonFiniteLossError
+from stages.train.identity import TrainingRun
+from stages.train.run import TrainingError, train
 from stages.train.saving import initialise_from, load_student
 from stages.train.stem import StudentError
 from stages.train.student import build_student
@@ -311,8 +312,8 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_damaged_checkpoint_is_named(make: Make, dataset: Dataset, store: FeatureStore) -> None:
     run = make("run")
     run.folder.mkdir()
-    (run.folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt cannot be read"):
+    (run.folder / "checkpoint-00000003.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints .* are damaged"):
         train(run, dataset, store)
 
 
