@@ -56,7 +56,7 @@ class PhaseConfig(_Config):
     steps: int = Field(ge=1)
     """Optimiser steps of the whole run; the schedule ends here."""
     batch_size: int = Field(default=16, ge=1)
-    """Images per step, over all processes."""
+    """Images per step, of all processes together."""
     accumulate: int = Field(default=1, ge=1)
     """Parts that each process's share of a step is computed in, one after the other, to save
     memory. The gradient is the mean of the parts'; means over labelled pixels and batch
@@ -89,6 +89,12 @@ class PhaseConfig(_Config):
     resolution: Literal["finest"] | Annotated[tuple[int, int], Field(strict=False)] = "finest"
     """Grid of the targets: the finest that is stored of each level, or the finest that is not
     larger than [height, width]."""
+    shuffle_window: int = Field(default=16, ge=1)
+    """Shards of the store whose images are shuffled together: more mixes better, less lets a disk
+    read in sequence; as many as there are shards is a plain permutation."""
+    teachers_per_image: int | None = Field(default=None, ge=1)
+    """Teachers drawn for each image and epoch, whose targets alone are read; the loss is weighted
+    to have the same expectation. None asks all of them."""
     log_every: int = Field(default=20, ge=1)
     """Steps averaged in one row of `log.csv`."""
     checkpoint_every: int = Field(default=200, ge=1)

@@ -30,6 +30,7 @@ from stages.train.stream import Batch, TargetStream, batches
 from stages.train.student import Student
 from stages.train.targets import TargetSource
 from stages.train.trainable import choose_trainable, trainable_weights
+from stages.train.transfer import on_device
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,7 +98,7 @@ class Loop:
         state, whole, window = self.state, Pace(), Pace()
         outlets.progress.start(outlets.checkpoints.folder.name, self._phase.steps)
         outlets.progress.advance(state.step)
-        source = batches(
+        loaded = batches(
             stream,
             batch_size=self._phase.batch_size,
             start=state.step,
@@ -107,6 +108,7 @@ class Loop:
             rank=self._ranks.rank,
             world=self._ranks.world,
         )
+        source = on_device(loaded, self._device)
         started = time.perf_counter()
         while state.step < self._phase.steps:
             with self._kept(outlets):
@@ -130,7 +132,7 @@ class Loop:
 
     def recompute(self, batch: Batch, step: int, rank: int) -> dict[str, float]:
         """Return the terms and the gradient norm of a step (zero-based), and change no weight."""
-        terms = self._step.gradient(batch, step, self.state.scaler, rank)
+        terms = self._step.gradient(batch.to(self._device), step, self.state.scaler, rank)
         self.state.scaler.unscale_(self.state.optimizer)
         return _numbers({**terms, GRADIENT_NORM: self._step.gradient_norm()}, ALONE)
 

@@ -184,6 +184,8 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         cache_bytes=run.phase.cache_megabytes * MEGABYTE,
         resolution=run.phase.resolution,
         depth=run.depth,
+        window=run.phase.shuffle_window,
+        teachers_per_image=run.phase.teachers_per_image,
     )
 
 

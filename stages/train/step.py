@@ -52,7 +52,8 @@ class Step:
     ) -> dict[str, Tensor]:
         """Leave the (scaled) gradient of a step in the weights and return its terms, unweighted.
 
-        `loss` is the weighted total. Terms are those of this process's images.
+        The batch is on the device. `loss` is the weighted total; terms are those of this process's
+        images. `rank` is given where another process's step is computed again.
         """
         torch.manual_seed(
             _step_seed(self._runtime.seed, step, self._ranks.rank if rank is None else rank)
@@ -63,7 +64,7 @@ class Step:
         terms: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):
             with self._exchanging(number == len(parts)):
-                found = self._losses(part.to(self._device))
+                found = self._losses(part)
                 torch.autograd.backward(scaler.scale(found["loss"] / len(parts)))
             for name, value in found.items():
                 share = value.detach() / len(parts)
