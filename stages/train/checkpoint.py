@@ -6,25 +6,19 @@ Random numbers need no place in them: those of a step follow from seed, step and
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from stages.train.files import write_atomically
+from stages.train.files import load_whole, write_atomically
 
 FORMAT = 2
 
 
 class CheckpointError(ValueError):
     """A checkpoint belongs to another run."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint cannot be read."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +60,7 @@ def load_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any
     Raises:
         CheckpointError: it is of another student, setting or store; the message lists each
             difference.
-        DamagedCheckpointError: it is not a checkpoint of ours, or a checksum does not match.
+        DamagedFileError: a checksum does not match, or it is not one at all.
     """
     payload = _read(path)
     if lines := differences(payload["identity"], flatten(identity)):
@@ -108,15 +102,7 @@ def differences(saved: Mapping[str, str], asked: Mapping[str, str]) -> list[str]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    advice = f"delete {path}"
-    try:
-        with ZipFile(path) as archive:  # torch does not look at the checksums that it writes
-            damaged = archive.testzip()
-        payload = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (BadZipFile, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise DamagedCheckpointError(f"{path} cannot be read, it is damaged; {advice}") from error
-    if damaged:
-        raise DamagedCheckpointError(f"{path} is damaged (wrong checksum); {advice}")
+    payload = load_whole(path)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}; {advice}")
+        raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}; delete it")
     return payload

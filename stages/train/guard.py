@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
 from stages.train.distributed import Ranks
-from stages.train.files import write_atomically
+from stages.train.files import DamagedFileError, load_whole, write_atomically
 from stages.train.stream import Batch
 
 FORMAT = 1
@@ -63,11 +62,11 @@ def load_bad_step(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ReplayError(f"no file at {path}; a run that meets such a step names what it wrote")
     try:
-        payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        payload: dict[str, Any] = load_whole(path)
         if payload["format"] != FORMAT:
             raise ReplayError(f"{path} is of format {payload['format']}, expected {FORMAT}")
         payload["batch"] = Batch(**payload["batch"])
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+    except (DamagedFileError, KeyError, TypeError) as error:
         raise ReplayError(f"{path} holds no step that a run has saved ({error!r})") from error
     return payload
 

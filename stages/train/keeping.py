@@ -9,11 +9,11 @@ from typing import Any
 
 from stages.train.checkpoint import (
     CheckpointError,
-    DamagedCheckpointError,
     TrainingState,
     load_checkpoint,
     save_checkpoint,
 )
+from stages.train.files import DamagedFileError
 from store.files import remove_partials
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
@@ -44,7 +44,7 @@ class Checkpoints:
         for path in reversed(paths):
             try:
                 load_checkpoint(path, state, self.identity)
-            except DamagedCheckpointError as error:
+            except DamagedFileError as error:
                 logger.warning("%s; going on from the checkpoint before", error)
             else:
                 return True

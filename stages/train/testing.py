@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,6 +23,7 @@ from PIL import Image
 from stages.data.config import NyudData
 from stages.data.dataset import Dataset, open_dataset
 from stages.data.images import read_image
+from stages.stopping import Stop, Terminated
 from stages.train import files
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
 from stages.train.distributed import joined_ranks
@@ -123,6 +124,8 @@ class Order:
     """Settings that differ from `PHASE`."""
     kill: tuple[str, int] | None = None
     """SIGKILL to itself the n-th time that it comes to a place of `PLACES`."""
+    stop_after: int | None = None
+    """Ask for the end in the n-th step of this process, as SIGTERM does."""
     seen: Path | None = None
     """File that receives, per step, a line of JSON: step, rank, ids."""
 
@@ -156,34 +159,51 @@ def obey(order: Order) -> None:
         runtime=CPU,
     )
     run.folder.mkdir(parents=True, exist_ok=True)
-    with joined_ranks("cpu") as ranks, _watched(order, ranks.rank):
-        train(run, dataset, FeatureStore(order.root / "features.zarr"), ranks=ranks)
+    stop = Stop()
+    with joined_ranks("cpu") as ranks, _watched(order, ranks.rank, stop), suppress(Terminated):
+        store = FeatureStore(order.root / "features.zarr")
+        with stop.deferred():
+            train(run, dataset, store, ranks=ranks, stop=stop)
+
+
+def as_rank(order: Order, environment: Mapping[str, str]) -> None:
+    """Train as ordered, in a process whose environment is that of one of torchrun's."""
+    os.environ.update(environment)
+    obey(order)
 
 
 @contextmanager
-def _watched(order: Order, rank: int) -> Iterator[None]:
+def _watched(order: Order, rank: int, stop: Stop) -> Iterator[None]:
     """Note what each step sees, and kill the process where the order says."""
     with ExitStack() as stack:
         if order.kill is not None:
             place, visit = order.kill
             owner, name = PLACES[place]
-            deadly = _deadly(getattr(owner, name), visit)
+            deadly = _at(getattr(owner, name), visit, _die)
             stack.enter_context(patch.object(owner, name, deadly))
         if order.seen is not None:
             noting = _noting(Step.gradient, order.seen, rank)
             stack.enter_context(patch.object(Step, "gradient", noting))
+        if order.stop_after is not None and rank == 0:  # the others hear of it
+            asking = _at(Step.clip, order.stop_after - 1, stop.request)
+            stack.enter_context(patch.object(Step, "clip", asking))
         yield
 
 
-def _deadly(function: Callable[..., Any], visit: int) -> Callable[..., Any]:
+def _at(function: Callable[..., Any], visit: int, action: Callable[[], None]) -> Callable[..., Any]:
+    """Return `function` with an action before its n-th call."""
     calls = count(1)
 
     def call(*arguments: Any, **options: Any) -> Any:
         if next(calls) == visit:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action()
         return function(*arguments, **options)
 
     return call
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _noting(gradient: Callable[..., Any], path: Path, rank: int) -> Callable[..., Any]:
