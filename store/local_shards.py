@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +43,7 @@ class LocalShards:
         Raises:
             StoreDamagedError: a shard is missing, has another size, or its index is damaged.
         """
-        for number, slots, _ in self._by_shard(rows):
+        for number, (slots, _) in self._by_shard(rows).items():
             self._shards.get(self, number).announce(slots)
 
     def read_into(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
@@ -54,7 +53,7 @@ class LocalShards:
             StoreDamagedError: a shard is missing, has another size, or a checksum does not match.
         """
         bytes_out = out.view(np.uint8).reshape(len(rows), self.layout.row_bytes)
-        for number, slots, positions in self._by_shard(rows):
+        for number, (slots, positions) in self._by_shard(rows).items():
             self._copy(self._shards.get(self, number), slots, bytes_out, positions)
 
     def _copy(
@@ -67,15 +66,16 @@ class LocalShards:
             else:
                 shard.copy_into(slot, out[position])
 
-    def _by_shard(self, rows: NDArray[np.int64]) -> list[tuple[int, list[int], list[int]]]:
-        """Return for each shard its number, slots as they lie, and where in `out` each goes."""
-        order = np.argsort(rows, kind="stable")
-        numbers, slots = np.divmod(rows[order], self.layout.chunk[0])
-        edges = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
-        return [
-            (int(numbers[start]), slots[start:stop].tolist(), order[start:stop].tolist())
-            for start, stop in pairwise(edges)
-        ]
+    def _by_shard(self, rows: NDArray[np.int64]) -> dict[int, tuple[list[int], list[int]]]:
+        """Return by shard the slots as they lie, and where in `out` each goes."""
+        wanted, length = rows.tolist(), self.layout.chunk[0]
+        places: dict[int, tuple[list[int], list[int]]] = {}
+        for position in sorted(range(len(wanted)), key=wanted.__getitem__):
+            number, slot = divmod(wanted[position], length)
+            slots, positions = places.setdefault(number, ([], []))
+            slots.append(slot)
+            positions.append(position)
+        return places
 
 
 def _open(shards: LocalShards, number: int) -> ShardReader:

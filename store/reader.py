@@ -66,9 +66,10 @@ class FeatureStore:
         self.path = locate(path)
         self._verify: Verify = verify
         self._root = read_root(self.path)
-        self._records = {folder.name: read_record(folder) for folder in teacher_folders(self.path)}
+        self._folders = {folder.name: folder for folder in teacher_folders(self.path)}
+        self._records = {name: read_record(folder) for name, folder in self._folders.items()}
         self._rows = StoredRows(self.path, verify)
-        self._layouts: dict[tuple[str, str], ArrayLayout] = {}
+        self._layouts: dict[tuple[str, str, Grid | None], ArrayLayout] = {}
         self._codecs: dict[tuple[str, str], FittedTarget | None] = {}
         self._marks: dict[str, NDArray[np.uint8]] = {}
 
@@ -276,7 +277,7 @@ class FeatureStore:
         layout = self.array(teacher, level, resolution)
         refuse_buffer(out, (len(rows), *layout.shape[1:]), layout.dtype)
         wanted = self._ready_rows(teacher, layout, rows)
-        with growth_told(self.path / teacher, self._records[teacher]):
+        with growth_told(self._folders[teacher], self._records[teacher]):
             self._rows.read_into(teacher, layout, wanted, out)
 
     def levels(self, teacher: str) -> tuple[str, ...]:
@@ -320,14 +321,14 @@ class FeatureStore:
             UnfinishedStoreError: the teacher is not finished.
             StoreDamagedError: the metadata is not what the teacher's specification says.
         """
-        record = self._record(teacher)
-        name = find_array(record.spec, level, resolution)
-        if (teacher, name) not in self._layouts:
-            layout = record.layout.features()[name]
-            with growth_told(self.path / teacher, record):
-                check_document(self.path / teacher / layout.path / METADATA, layout.document())
-            self._layouts[teacher, name] = layout
-        return self._layouts[teacher, name]
+        key = teacher, level, resolution
+        if key not in self._layouts:
+            record = self._record(teacher)
+            layout = record.layout.features()[find_array(record.spec, level, resolution)]
+            with growth_told(self._folders[teacher], record):
+                check_document(self._folders[teacher] / layout.path / METADATA, layout.document())
+            self._layouts[key] = layout
+        return self._layouts[key]
 
     def statistics(self, teacher: str, level: str, resolution: Grid | None = None) -> Statistics:
         """Return mean and variance per channel over the tokens of all valid rows, as read.
@@ -379,24 +380,29 @@ class FeatureStore:
 
     def _codes(self, teacher: str, layout: ArrayLayout, rows: NDArray[np.int64]) -> Codes:
         out = np.empty((len(rows), *layout.shape[1:]), layout.dtype)
-        with growth_told(self.path / teacher, self._records[teacher]):
+        with growth_told(self._folders[teacher], self._records[teacher]):
             self._rows.read_into(teacher, layout, rows, out)
         return out
 
     def _ready_rows(self, teacher: str, layout: ArrayLayout, rows: Rows) -> NDArray[np.int64]:
         """Check `rows` and open their shards, which then are known to be as large as `layout`."""
         wanted = np.asarray(rows, np.int64)
-        outside = wanted[(wanted < 0) | (wanted >= self.rows)]
-        if outside.size:
+        self._refuse_rows(teacher, wanted)
+        with growth_told(self._folders[teacher], self._records[teacher]):
+            self._rows.open(teacher, layout, wanted)
+        return wanted
+
+    def _refuse_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
+        if not rows.size:
+            return
+        if rows.min() < 0 or rows.max() >= self.rows:
+            outside = rows[(rows < 0) | (rows >= self.rows)]
             raise StoreError(f"row {outside[0]} is not in the store, it has {self.rows} rows")
-        bad = wanted[self._row_marks(teacher)[wanted] != VALID]
+        bad = rows[self._row_marks(teacher)[rows] != VALID]
         if bad.size:
             index = int(bad[0]) // self._root.views_per_image
             raise StoreError(
-                f"{bad.size} of {wanted.size} rows are quarantined for teacher {teacher!r}, the "
+                f"{bad.size} of {rows.size} rows are quarantined for teacher {teacher!r}, the "
                 f"first is row {bad[0]}, image {self.images.ids[index]!r} "
                 f"({self.images.statuses[index]}); ask valid() which rows have features"
             )
-        with growth_told(self.path / teacher, self._records[teacher]):
-            self._rows.open(teacher, layout, wanted)
-        return wanted

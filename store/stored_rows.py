@@ -67,8 +67,6 @@ def refuse_buffer(out: NDArray[Any], shape: tuple[int, ...], dtype: str) -> None
     Raises:
         StoreError: it has another shape or type, is not contiguous, or may not be written to.
     """
-    if not isinstance(out, np.ndarray):
-        raise StoreError(f"out must be a numpy array, not {type(out).__name__}")
     if out.shape != shape or out.dtype != np.dtype(dtype):
         raise StoreError(
             f"out is {out.dtype} {out.shape}, it should be {np.dtype(dtype)} {shape}: "
