@@ -5,22 +5,28 @@ Shapes: `B` batch, `H W` image pixels, `h w` a teacher's grid, `C` its channels.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from stages.data.dataset import Dataset
-from stages.data.images import read_image
-from stages.data.view import DepthRule, cut_view, view_image, whole
-from stages.data.views import row_view
+from stages.data.view import DepthRule
 from stages.train.jitter import image_generator, jitter
-from stages.train.sampling import Draw, StepSampler, choose_view
+from stages.train.prefetch import load, load_by_processes
+from stages.train.sampling import (
+    Draw,
+    Shuffle,
+    StepSampler,
+    ask_teachers,
+    check_teachers_per_image,
+    choose_view,
+)
+from stages.train.shown import ShownViews
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec
 
@@ -45,7 +51,9 @@ class Batch:
     labels: dict[str, Tensor]
     """Per task `B H W` (normals `B 3 H W`), in the dtype of the data set."""
     targets: dict[str, list[Tensor]]
-    """Per teacher, per level: `B h w C`, float16 or float32."""
+    """Per teacher, per level: `b h w K` as stored, see `stages.train.targets`."""
+    target_rows: dict[str, Tensor | None]
+    """Per teacher: which images of the batch those are (`b`, int64); None: all of them."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy everything to a device; the copy overlaps with computing where it can."""
@@ -64,7 +72,20 @@ class Batch:
             targets={
                 name: [change(level) for level in levels] for name, levels in self.targets.items()
             },
+            target_rows={
+                name: rows if rows is None else change(rows)
+                for name, rows in self.target_rows.items()
+            },
         )
+
+    def used_by(self, stream: Any) -> None:
+        """Tell the allocator that a CUDA stream uses these tensors, see `Tensor.record_stream`."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,48 +103,34 @@ class StreamSpec:
     cache_bytes: int
     resolution: Literal["finest"] | Grid = "finest"
     depth: DepthRule = "metric"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shown:
-    """A view of an image and its labels, decoded and resized."""
-
-    image: Tensor
-    labels: Mapping[str, Tensor]
-
-    def bytes(self) -> int:
-        return self.image.nbytes + sum(label.nbytes for label in self.labels.values())
-
-
-@dataclass(slots=True, kw_only=True)
-class _ViewCache:
-    """Keeps the first views it is given, up to a limit; each loading process has its own."""
-
-    limit: int
-    used: int = 0
-    views: dict[int, _Shown] = field(default_factory=dict)
-    """By row of the store."""
-
-    def put(self, row: int, shown: _Shown) -> None:
-        if self.used + shown.bytes() <= self.limit:
-            self.used += shown.bytes()
-            self.views[row] = shown
+    window: int = 64
+    """Shards that are shuffled together, see `Shuffle`."""
+    teachers_per_image: int | None = None
+    """Teachers drawn for each image and epoch; None: all of them."""
 
 
 class TargetStream(TorchDataset[Batch]):
     """Makes whole batches out of draws; only asked tasks, teachers and levels are read."""
 
     def __init__(self, spec: StreamSpec, dataset: Dataset, store: FeatureStore) -> None:
-        self.spec = spec
-        self._dataset, self._store = dataset.with_tasks(spec.tasks), store
-        self._levels = {
+        check_teachers_per_image(spec.teachers_per_image, spec.teachers)
+        self.spec, self._pin = spec, False
+        self._store = store
+        self.levels: dict[str, list[tuple[str, Grid]]] = {
             name: [
                 (level.name, _grid(name, level, spec.resolution))
                 for level in store.teachers[name].levels
             ]
             for name in spec.teachers
         }
-        self._cache = _ViewCache(limit=spec.cache_bytes)
+        self._shown = ShownViews(
+            dataset=dataset.with_tasks(spec.tasks),
+            store=store,
+            size=spec.image_size,
+            tasks=spec.tasks,
+            depth=spec.depth,
+            limit=spec.cache_bytes,
+        )
         self._mean = torch.tensor(spec.mean).view(3, 1, 1)
         self._std = torch.tensor(spec.std).view(3, 1, 1)
 
@@ -140,7 +147,10 @@ class TargetStream(TorchDataset[Batch]):
             for draw, image_id in zip(draws, ids, strict=True)
         )
         rows = [self._store.row(*pair) for pair in zip(ids, views, strict=True)]
-        shown = [self._shown(image_id, row) for image_id, row in zip(ids, rows, strict=True)]
+        asked = ask_teachers(
+            self.spec.seed, draws, ids, self.spec.teachers, self.spec.teachers_per_image
+        )
+        shown = [self._shown.get(image_id, row) for image_id, row in zip(ids, rows, strict=True)]
         images = [
             self._prepared(one.image, draw.epoch, image_id)
             for one, draw, image_id in zip(shown, draws, ids, strict=True)
@@ -152,17 +162,47 @@ class TargetStream(TorchDataset[Batch]):
             labels={
                 task: torch.stack([one.labels[task] for one in shown]) for task in self.spec.tasks
             },
-            targets=self._targets(rows),
+            targets=self._targets(rows, asked),
+            target_rows={
+                name: None if places is None else torch.tensor(places, dtype=torch.int64)
+                for name, places in asked.items()
+            },
         )
 
-    def _targets(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+    def pinned(self) -> "TargetStream":
+        """Return this stream, sharing all it keeps, with targets read into page-locked memory."""
+        other = copy(self)
+        other._pin = True
+        return other
+
+    def shuffle(self) -> Shuffle:
+        """Return the order of the images, which follows the shards of the targets that are read."""
+        views = self._store.views.views_per_image
+        arrays = [
+            self._store.array(name, *level)
+            for name, levels in self.levels.items()
+            for level in levels
+        ]
+        rows = max((array.chunk[0] for array in arrays), default=self._store.rows)
+        shards = [self._store.row(image_id) // max(rows, views) for image_id in self.spec.ids]
+        numbers = np.unique(shards, return_inverse=True)[1]
+        return Shuffle(shards=numbers, window=self.spec.window, seed=self.spec.seed)
+
+    def _targets(
+        self, rows: Sequence[int], asked: Mapping[str, list[int] | None]
+    ) -> dict[str, list[Tensor]]:
         return {
-            name: [
-                torch.from_numpy(self._store.read(name, level, rows, grid))
-                for level, grid in levels
-            ]
-            for name, levels in self._levels.items()
+            name: [self._codes(name, *level, _chosen(rows, asked[name])) for level in levels]
+            for name, levels in self.levels.items()
         }
+
+    def _codes(self, teacher: str, level: str, grid: Grid, rows: Sequence[int]) -> Tensor:
+        """Read rows of a level once, from the file into the memory that travels."""
+        layout = self._store.array(teacher, level, grid)
+        dtype = torch.from_numpy(np.empty(0, layout.dtype)).dtype
+        codes = torch.empty((len(rows), *layout.shape[1:]), dtype=dtype, pin_memory=self._pin)
+        self._store.read_codes_into(teacher, level, rows, codes.numpy(), grid)
+        return codes
 
     def _prepared(self, image: Tensor, epoch: int, image_id: str) -> Tensor:
         pixels = image.float() / 255
@@ -170,33 +210,9 @@ class TargetStream(TorchDataset[Batch]):
             pixels = jitter(pixels, image_generator(self.spec.seed, epoch, image_id))
         return (pixels - self._mean) / self._std
 
-    def _shown(self, image_id: str, row: int) -> _Shown:
-        shown = self._cache.views.get(row)
-        if shown is None:
-            shown = self._read(image_id, row)
-            self._cache.put(row, shown)
-        return shown
 
-    def _read(self, image_id: str, row: int) -> _Shown:
-        """Replay a row's view, so that the student sees what the teachers saw."""
-        size, views = self.spec.image_size, self._store.views
-        path = self._dataset.path(image_id)
-        file = read_image(path)
-        if file.sha256 != self._store.images.sha256[row // views.views_per_image]:
-            raise StreamError(
-                f"image '{image_id}' ({path}) is not the one that the store was made from: its "
-                "content has changed since `sak index`. Restore the file, or index and extract "
-                "into another store"
-            )
-        view = row_view(views, row)
-        pixels = cut_view(file.pixels, view)
-        image = np.moveaxis(view_image(pixels, whole(pixels), size), -1, 0)
-        asked = self.spec.tasks
-        labels = self._dataset.labels(image_id, size, view, self.spec.depth) if asked else {}
-        return _Shown(
-            image=torch.from_numpy(np.array(image, order="C")),
-            labels={task: _label_tensor(labels[task]) for task in self.spec.tasks},
-        )
+def _chosen(rows: Sequence[int], places: Sequence[int] | None) -> Sequence[int]:
+    return rows if places is None else [rows[place] for place in places]
 
 
 def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) -> Grid:
@@ -211,12 +227,6 @@ def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) 
         f"resolution: {list(resolution)}; choose a stored one, or add it to the teacher's "
         "`resolutions` and extract again"
     )
-
-
-def _label_tensor(label: npt.NDArray[Any]) -> Tensor:
-    """Move the channels of an `H W 3` label to the front."""
-    channels_first = np.moveaxis(label, -1, 0) if label.ndim == 3 else label
-    return torch.from_numpy(np.ascontiguousarray(channels_first))
 
 
 def usable_ids(
@@ -245,23 +255,26 @@ def usable_ids(
 
 
 def batches(
-    stream: TargetStream, *, batch_size: int, start: int, stop: int, workers: int, pin: bool
+    stream: TargetStream,
+    *,
+    batch_size: int,
+    start: int,
+    stop: int,
+    workers: int,
+    pin: bool,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """Iterate over the batches of steps `start` (inclusive) to `stop` (exclusive)."""
+    """Iterate over a rank's batches of steps `start` (inclusive) to `stop` (exclusive).
+
+    `batch_size` counts the images of all ranks together, see `StepSampler`.
+
+    Raises:
+        BatchSizeError: fewer images than a batch, or no whole number of images per rank.
+    """
     sampler = StepSampler(
-        images=len(stream), batch_size=batch_size, seed=stream.spec.seed, start=start, stop=stop
+        stream.shuffle(), batch_size=batch_size, start=start, stop=stop, rank=rank, world=world
     )
-    loader = DataLoader(
-        stream,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=pin,
-        multiprocessing_context="spawn" if workers else None,
-        generator=torch.Generator(),  # else the loader draws from the global one, unlike a resume
-    )
-    return iter(loader)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
+    if workers:  # these cannot lock pages for another process: a thread of the loader copies
+        return load_by_processes(stream, sampler, workers, pin)
+    return load(stream.pinned() if pin else stream, sampler, pin)
