@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.extract.clock import StageClock, threads
+from stages.extract.devices import Timed, answer, pinned_for, wait_for
 from stages.extract.encode import Encoder, refuse_unstorable
 from stages.extract.reading import RowReader
 from stages.extract.teachers import Features, Teacher
@@ -98,8 +99,8 @@ def flow(
 
     def pass_on() -> None:
         """Hand the oldest answer to the writer, as soon as there is room."""
-        step, answer = answering.popleft()
-        writing.append(writer.submit(_store, step, answer.result(), clock, progress, stop))
+        step, answered = answering.popleft()
+        writing.append(writer.submit(_store, step, answered.result(), clock, progress, stop))
         with clock.stage("wait for writing"):
             while len(writing) > _AHEAD:
                 writing.popleft().result()
@@ -125,16 +126,6 @@ def flow(
         with clock.stage("wait for writing"):
             while writing:
                 writing.popleft().result()
-
-
-def streams_of(teachers: Iterable[Teacher]) -> int:
-    """Return how many batches to compute side by side.
-
-    Two on a processor, each on half of its cores: when decoding or writing takes a core away, one
-    waits for it and the other does not. One for a GPU, and for teachers of others' making.
-    """
-    several = all(getattr(teacher, "reentrant", False) for teacher in teachers)
-    return 2 if several and not torch.cuda.is_available() and torch.get_num_threads() > 1 else 1
 
 
 @contextmanager
@@ -168,7 +159,7 @@ def read_steps(
             for step in steps:
                 load: Callable[[int], Tensor] = step.lane.rows.load
                 images = [decode.submit(load, row) for row in step.lane.good(step.rows)]
-                pending.append((step, stack.submit(_stack, images, clock)))
+                pending.append((step, stack.submit(_stack, images, step.lane.rows.teacher, clock)))
                 if len(pending) > _AHEAD:
                     yield pending.popleft()
             while pending:
@@ -178,13 +169,14 @@ def read_steps(
             stack.shutdown(wait=False, cancel_futures=True)
 
 
-def _stack(images: Sequence["Future[Tensor]"], clock: StageClock) -> Tensor | None:
+def _stack(
+    images: Sequence["Future[Tensor]"], teacher: Teacher, clock: StageClock
+) -> Tensor | None:
     inputs = [image.result() for image in images]
     if not inputs:
         return None
     with clock.stage("stack"):
-        stacked = torch.stack(inputs)
-        return stacked.pin_memory() if torch.cuda.is_available() else stacked
+        return pinned_for(teacher, torch.stack(inputs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,48 +185,37 @@ class _Answer:
 
     features: Features | None
     valid: NDArray[np.bool_]
-    events: "tuple[torch.cuda.Event, torch.cuda.Event] | None" = None
+    events: Timed | None = None
 
 
 def _forward(step: Step, images: Tensor | None, clock: StageClock) -> _Answer:
     valid = np.array([step.lane.rows.is_ok(row) for row in step.rows])
     if images is None:
         return _Answer(features=None, valid=valid)
-    teacher = step.lane.rows.teacher
-    if not torch.cuda.is_available():
-        with clock.stage("forward"):
-            return _Answer(features=teacher(images), valid=valid)
-    events = _event(), _event()
-    events[0].record()
-    features = teacher(images)
-    events[1].record()
+    features, events = answer(step.lane.rows.teacher, images, clock)
     return _Answer(features=features, valid=valid, events=events)
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _store(step: Step, answer: _Answer, clock: StageClock, progress: Progress, stop: Stop) -> None:
+def _store(
+    step: Step, answered: _Answer, clock: StageClock, progress: Progress, stop: Stop
+) -> None:
     if not step.lane.begins(step, stop):
         return
     try:
-        _encode_and_write(step, answer, clock)
+        _encode_and_write(step, answered, clock)
     except BaseException:
         step.lane.dropped.add(step.shard)  # its other batches have nowhere to go
         raise
     progress.advance(len(step.rows))
 
 
-def _encode_and_write(step: Step, answer: _Answer, clock: StageClock) -> None:
+def _encode_and_write(step: Step, answered: _Answer, clock: StageClock) -> None:
     lane = step.lane
-    if answer.events is not None:  # a GPU answers before it is done
-        answer.events[1].synchronize()
-        clock.add("forward", answer.events[0].elapsed_time(answer.events[1]) / 1000)
+    wait_for(answered.events, clock)
     with clock.stage("encode"):
-        if answer.features is not None:
+        if answered.features is not None:
             names = [lane.rows.image_id(row) for row in lane.good(step.rows)]
-            refuse_unstorable(answer.features, lane.rows.teacher.spec, names)
-        encoded = lane.encoder(answer.features, answer.valid)
+            refuse_unstorable(answered.features, lane.rows.teacher.spec, names)
+        encoded = lane.encoder(answered.features, answered.valid)
     with clock.stage("write"):
-        lane.writer.write_codes(step.rows, encoded.codes, encoded.moments, answer.valid)
+        lane.writer.write_codes(step.rows, encoded.codes, encoded.moments, answered.valid)

@@ -8,6 +8,7 @@ from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from stages.data.view import Box
+from stages.extract.devices import device_of
 from stages.extract.errors import BatchTooLargeError
 from stages.extract.teachers import Features, Teacher
 from store.spec import TeacherSpec
@@ -36,6 +37,11 @@ class Portions:
     def reentrant(self) -> bool:
         """Whether threads may ask it at the same time."""
         return bool(getattr(self._teacher, "reentrant", False))
+
+    @property
+    def device(self) -> torch.device:
+        """The device it computes on."""
+        return device_of(self._teacher)
 
     def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
         """Return the teacher's input for the part `box` of an RGB image."""

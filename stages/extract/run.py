@@ -8,17 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import torch
-
 from stages.data.sources import ImageSource
 from stages.extract.batching import find_batch_size
 from stages.extract.calibrate import choose_rows, gather
 from stages.extract.clock import StageClock, StageTimes, threads
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.devices import on_gpu, streams_of
 from stages.extract.drift import LevelDrift, measure_drift
 from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
-from stages.extract.flow import Lane, flow, in_turn, streams_of
+from stages.extract.flow import Lane, flow, in_turn
 from stages.extract.portions import Portions
 from stages.extract.reading import DecodedImages, RowReader, open_rows
 from stages.extract.sharing import write_missing
@@ -233,7 +232,8 @@ def run_together(
         lanes = [
             one.lane(writer, clock, kept) for one, writer in zip(extractions, writers, strict=True)
         ]
-        streams = streams_of(lane.rows.teacher for lane in lanes)
+        teachers = [lane.rows.teacher for lane in lanes]
+        streams = streams_of(teachers)
         missing = sum(len(rows) for writer in writers for rows in writer.missing())
         names = ", ".join(one.spec.name for one in extractions)
         progress.start(f"extract {names}", missing)
@@ -245,9 +245,7 @@ def run_together(
         done = write_missing(writers, write, progress, stop)
         for writer in writers:
             writer.finish()
-        times = clock.times(
-            time.perf_counter() - started, streams=streams, on_gpu=torch.cuda.is_available()
-        )
+        times = clock.times(time.perf_counter() - started, streams=streams, on_gpu=on_gpu(teachers))
         return [
             _summary(*one, times) for one in zip(extractions, writers, done, strict=True)
         ]  # fmt: skip

@@ -87,7 +87,7 @@ class NetworkTeacher:
         self._names = names
         self._preprocessing = preprocessing
         self._dtype = _DTYPES[precision]
-        self._device = device
+        self.device = device
         self.spec: TeacherSpec
 
     def preprocess(
@@ -99,7 +99,7 @@ class NetworkTeacher:
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B h w 3"]) -> Features:
         """Return the levels of a batch, the cells over padding cut off."""
-        pixels = images.to(self._device, non_blocking=True)
+        pixels = images.to(self.device, non_blocking=True)
         inputs = self._preprocessing.normalise(pixels, self.memory_format)
         if self._compiled:
             inputs = _padded(inputs)
@@ -122,7 +122,7 @@ class NetworkTeacher:
     def exact(self) -> "NetworkTeacher":
         """Return the same weights in float32, not compiled; nothing is copied."""
         teacher = NetworkTeacher(
-            self._network, self._names, self._preprocessing, "fp32", self._device
+            self._network, self._names, self._preprocessing, "fp32", self.device
         )
         teacher.spec = self.spec
         return teacher
@@ -130,7 +130,7 @@ class NetworkTeacher:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self._device.type, self._dtype)
+        return torch.autocast(self.device.type, self._dtype)
 
 
 def load_teacher(
