@@ -10,6 +10,7 @@ from pipeline.errors import StepError
 from pipeline.indexing import require_views
 from pipeline.params import Params
 from pipeline.report import Report
+from pipeline.tables import drift_line
 from stages.data.dataset import open_dataset
 from stages.extract.clock import StageTimes
 from stages.extract.run import ExtractSummary, extract
@@ -118,9 +119,7 @@ def _report(results: list[ExtractSummary]) -> Report:
         data={"teachers": [asdict(one) for one in results]},
         remarks=_stage_remarks(results)
         + tuple(
-            f"{one.teacher}, {level.level}: against fp32 on {level.tokens} tokens, cosine mean "
-            f"{level.cosine_mean:.6f}, 1st percentile {level.cosine_p01:.6f}, relative L2 "
-            f"{level.relative_l2:.2g}"
+            f"{one.teacher}, {drift_line(level)}"
             for one in results
             for level in one.drift
         ),

@@ -34,7 +34,7 @@ from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Teacher
 from stages.progress import Progress
-from store.equivariance import TRANSFORMS, Equivariance, has_equivariance, write_equivariance
+from store.equivariance import TABLE, TRANSFORMS, Equivariance, write_equivariance
 from store.remote import StorePath
 from store.spec import Grid
 
@@ -56,7 +56,7 @@ def keep_equivariance(
     spec = rows.teacher.spec
     folder = store_path / spec.name
     chosen = choose_images(rows, count)
-    if has_equivariance(folder) or not chosen:
+    if TABLE.exists(folder) or not chosen:
         return
     progress.start(f"equivariance {spec.name}", len(chosen))
     sums: dict[tuple[str, str], list[float]] = {}

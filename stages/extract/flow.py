@@ -26,7 +26,8 @@ from torch import Tensor
 
 from stages.extract.clock import StageClock, threads
 from stages.extract.devices import Timed, answer, pinned_for, wait_for
-from stages.extract.encode import Encoder, refuse_unstorable
+from stages.extract.encode import Encoded, Encoder, refuse_unstorable
+from stages.extract.halving import Halving, named_out_of_memory
 from stages.extract.reading import RowReader
 from stages.extract.teachers import Features, Teacher
 from stages.progress import Progress
@@ -54,9 +55,11 @@ class Lane:
     batch_size: int
     writer: FeatureWriter
     encoder: Encoder = field(init=False)
+    halving: Halving = field(init=False)
     dropped: set[range] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.halving = Halving(f"encoding for teacher {self.writer.layout.spec.name!r}")
         self.encoder = Encoder(self.writer.layout, self.writer.codecs)
 
     def steps(self, shards: Iterable[range]) -> Iterator[Step]:
@@ -73,6 +76,21 @@ class Lane:
         if stop.requested and step.rows.start == step.shard.start:
             self.dropped.add(step.shard)
         return step.shard not in self.dropped
+
+    def encode(self, rows: range, answered: "_Answer", part: slice) -> Encoded:
+        """Return the codes of `rows`, which are a `part` of those that a teacher answered.
+
+        Raises:
+            NonFiniteFeaturesError: see `refuse_unstorable`.
+        """
+        valid = answered.valid[part]
+        if answered.features is None or not valid.any():
+            return self.encoder(None, valid)
+        start = int(answered.valid[: part.start].sum())
+        features = answered.features.part(slice(start, start + int(valid.sum())))
+        names = [self.rows.image_id(row) for row in self.good(rows)]
+        refuse_unstorable(features, self.rows.teacher.spec, names)
+        return self.encoder(features, valid)
 
     def good(self, rows: range) -> list[int]:
         """Return the rows whose image can be read."""
@@ -172,11 +190,13 @@ def read_steps(
 def _stack(
     images: Sequence["Future[Tensor]"], teacher: Teacher, clock: StageClock
 ) -> Tensor | None:
-    inputs = [image.result() for image in images]
-    if not inputs:
+    if not images:
         return None
-    with clock.stage("stack"):
-        return pinned_for(teacher, torch.stack(inputs))
+    what = f"reading {len(images)} images for teacher {teacher.spec.name!r}"
+    with named_out_of_memory(what, "choose a smaller `extract: {batch_size: ...}`"):
+        inputs = [image.result() for image in images]
+        with clock.stage("stack"):
+            return pinned_for(teacher, torch.stack(inputs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,9 +233,11 @@ def _encode_and_write(step: Step, answered: _Answer, clock: StageClock) -> None:
     lane = step.lane
     wait_for(answered.events, clock)
     with clock.stage("encode"):
-        if answered.features is not None:
-            names = [lane.rows.image_id(row) for row in lane.good(step.rows)]
-            refuse_unstorable(answered.features, lane.rows.teacher.spec, names)
-        encoded = lane.encoder(answered.features, answered.valid)
+        parts = lane.halving(
+            len(step.rows), lambda part: (part, lane.encode(step.rows[part], answered, part))
+        )
     with clock.stage("write"):
-        lane.writer.write_codes(step.rows, encoded.codes, encoded.moments, answered.valid)
+        for part, encoded in parts:
+            lane.writer.write_codes(
+                step.rows[part], encoded.codes, encoded.moments, answered.valid[part]
+            )

@@ -14,10 +14,11 @@ from stages.extract.calibrate import choose_rows, gather
 from stages.extract.clock import StageClock, StageTimes, threads
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.devices import on_gpu, streams_of
-from stages.extract.drift import LevelDrift, measure_drift
+from stages.extract.drift import DRIFT_IMAGES, is_low, keep_drift
 from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
 from stages.extract.flow import Lane, flow, in_turn
+from stages.extract.halving import named_out_of_memory
 from stages.extract.portions import Portions
 from stages.extract.reading import DecodedImages, RowReader, open_rows
 from stages.extract.sharing import write_missing
@@ -25,6 +26,7 @@ from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import NoProgress, Progress
 from stages.stopping import Stop
 from store.calibration import FittedTarget
+from store.drift import LevelDrift, read_drift
 from store.locks import teacher_turn
 from store.remote import StorePath, locate
 from store.spec import TeacherSpec
@@ -51,7 +53,7 @@ class ExtractSummary:
     stages: StageTimes | None = None
     """Where the time of the pass went, of all its teachers; None where workers did it."""
     drift: tuple[LevelDrift, ...] = ()
-    """How far low precision is from float32, where features were computed in it."""
+    """How far low precision is from float32, where features are computed in it, as the store says."""
 
 
 def extract(
@@ -79,13 +81,7 @@ def extract(
         open_extraction(store_path, images, image_size, teacher, settings)
         for teacher in teachers.values()
     ]
-    summaries = run_together(extractions, progress, stop or Stop())
-    for number, (name, teacher) in enumerate(teachers.items()):
-        if configs[name].precision != "fp32" and summaries[number].images:
-            rows = open_rows(store_path, images, image_size, teacher)
-            drift = measure_drift(teacher, rows, settings.sample_batch_size, progress)
-            summaries[number] = replace(summaries[number], drift=drift)
-    return summaries
+    return run_together(extractions, progress, stop or Stop())
 
 
 def extract_teacher(
@@ -182,8 +178,10 @@ class Extraction:
 
         def calibrate() -> Mapping[str, FittedTarget]:
             chosen = choose_rows(self.rows, self.calibration_images)
-            gathered = gather(self.rows, chosen, self.batch_size, threads(), progress)
-            return gathered.fit(self.spec.codec)
+            what = f"calibrating teacher {self.spec.name!r} on {len(chosen)} images"
+            with named_out_of_memory(what, "choose fewer `extract: {calibration_images: ...}`"):
+                gathered = gather(self.rows, chosen, self.batch_size, threads(), progress)
+                return gathered.fit(self.spec.codec)
 
         writer = FeatureWriter.open(
             self.store_path,
@@ -203,9 +201,12 @@ class Extraction:
         path = locate(self.store_path)
         if writer.images_digest != self.rows.images.digest():
             raise ExtractionError(f"the images of {path} changed just now; run this again")
-        if self.equivariance_images and writer.missing():
-            with teacher_turn(path / self.spec.name):
+        if not writer.missing() or not (self.equivariance_images or is_low(self.spec)):
+            return
+        with teacher_turn(path / self.spec.name):
+            if self.equivariance_images:
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
+            keep_drift(path, self.rows, min(self.batch_size, DRIFT_IMAGES), progress)
 
     def lane(self, writer: FeatureWriter, clock: StageClock, kept: DecodedImages | None) -> Lane:
         """Return this teacher's part in a flow."""
@@ -265,6 +266,7 @@ def _summary(
         bytes_written=asked * writer.row_bytes,
         shards_written=len(done),
         stages=times,
+        drift=read_drift(locate(extraction.store_path) / extraction.spec.name, extraction.spec),
     )
 
 

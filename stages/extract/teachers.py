@@ -38,6 +38,13 @@ class Features:
     levels: Mapping[str, Tensor]
     pooled: Tensor | None
 
+    def part(self, images: slice) -> "Features":
+        """Return what is said about some of the images."""
+        return Features(
+            levels={name: values[images] for name, values in self.levels.items()},
+            pooled=None if self.pooled is None else self.pooled[images],
+        )
+
     def outputs(self) -> dict[str, Tensor]:
         """Return the levels, and the pooled output as `global` where there is one."""
         return {**self.levels, **({} if self.pooled is None else {GLOBAL: self.pooled})}
