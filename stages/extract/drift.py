@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.extract.calibrate import batches
-from stages.extract.clock import threads
 from stages.extract.equivariance import choose_images
 from stages.extract.halving import Halving
 from stages.extract.portions import Portions
@@ -72,7 +71,7 @@ def measure_drift(
             sums[name].add(one)
 
     progress.start(f"compare {spec.name} with float32", len(chosen))
-    with closing(read_ahead(rows.load, chosen, threads(), 2 * batch_size)) as inputs:
+    with closing(read_ahead(rows.load, chosen, rows.readers, 2 * batch_size)) as inputs:
         for batch in batches(inputs, batch_size):
             compare(batch)
             progress.advance(len(batch))

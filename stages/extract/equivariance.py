@@ -29,7 +29,6 @@ from torch.nn import functional
 
 from stages.data.view import Box, view_image, whole
 from stages.extract.calibrate import sampling_order
-from stages.extract.clock import threads
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Teacher
@@ -60,7 +59,7 @@ def keep_equivariance(
         return
     progress.start(f"equivariance {spec.name}", len(chosen))
     sums: dict[tuple[str, str], list[float]] = {}
-    with closing(read_ahead(rows.pixels, chosen, threads(), _AHEAD)) as views:
+    with closing(read_ahead(rows.pixels, chosen, rows.readers, _AHEAD)) as views:
         for row, pixels in zip(chosen, views, strict=True):
             for key, figure in measure_view(rows, pixels, rows.image_id(row)).items():
                 sums.setdefault(key, []).append(figure)

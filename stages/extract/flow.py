@@ -1,6 +1,7 @@
 """Images flow through teachers into the store, all stages at work side by side.
 
-    read, decode, preprocess   threads, an image each
+    read                       threads, an image each; many where images come over a network
+    decode, preprocess         the same threads, no more at once than there are cores
     stack                      a thread: images to a batch, pinned for a GPU
     forward                    a thread, two where a processor computes; batches in turn
     encode, write              a thread: codes on the teacher's device, then into the shard
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.extract.clock import StageClock, threads
+from stages.extract.clock import StageClock
 from stages.extract.devices import Timed, answer, pinned_for, wait_for
 from stages.extract.encode import Encoded, Encoder, refuse_unstorable
 from stages.extract.halving import Halving, named_out_of_memory
@@ -35,7 +36,8 @@ from stages.stopping import Stop
 from store.writer import FeatureWriter
 
 _AHEAD = 2
-"""Batches that wait before a teacher, and before its writer."""
+"""Batches that wait before a teacher, and before its writer; more before a teacher where as many
+reading threads as the clock says would otherwise have nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +104,10 @@ def flow(
     clock: StageClock,
     progress: Progress,
     stop: Stop,
-    streams: int = 1,
 ) -> None:
     """Take every step, in order, and write what comes of it; returns when all is written.
 
-    Whatever ends it, what a teacher has answered by then is written first.
+    By as many threads as `clock` says. Whatever ends it, what a teacher has answered by then is written first.
 
     Raises:
         ExtractionError: an image changed or cannot be fetched, or features cannot be stored.
@@ -125,8 +126,8 @@ def flow(
 
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        _threads_per_stream(streams),
-        ThreadPoolExecutor(streams, thread_name_prefix="forward") as forward,
+        _threads_per_stream(clock.streams),
+        ThreadPoolExecutor(clock.streams, thread_name_prefix="forward") as forward,
     ):
         try:
             for step, inputs in read_steps(steps, clock):
@@ -136,7 +137,7 @@ def flow(
                 with clock.stage("wait for images"):
                     images = inputs.result()
                 answering.append((step, forward.submit(_forward, step, images, clock)))
-                if len(answering) > streams:
+                if len(answering) > clock.streams:
                     pass_on()
         finally:
             while answering:
@@ -170,7 +171,7 @@ def read_steps(
     """
     pending: deque[tuple[Step, Future[Tensor | None]]] = deque()
     with (
-        ThreadPoolExecutor(threads(), thread_name_prefix="decode") as decode,
+        ThreadPoolExecutor(clock.readers, thread_name_prefix="decode") as decode,
         ThreadPoolExecutor(1, thread_name_prefix="stack") as stack,
     ):
         try:
@@ -178,7 +179,7 @@ def read_steps(
                 load: Callable[[int], Tensor] = step.lane.rows.load
                 images = [decode.submit(load, row) for row in step.lane.good(step.rows)]
                 pending.append((step, stack.submit(_stack, images, step.lane.rows.teacher, clock)))
-                if len(pending) > _AHEAD:
+                if len(pending) > max(_AHEAD, clock.readers // step.lane.batch_size):
                     yield pending.popleft()
             while pending:
                 yield pending.popleft()
@@ -226,7 +227,9 @@ def _store(
     except BaseException:
         step.lane.dropped.add(step.shard)  # its other batches have nowhere to go
         raise
-    progress.advance(len(step.rows))
+    progress.advance(
+        len(step.rows), clock.done(step.lane.rows.teacher.spec.name, int(answered.valid.sum()))
+    )
 
 
 def _encode_and_write(step: Step, answered: _Answer, clock: StageClock) -> None:

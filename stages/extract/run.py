@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from stages.data.sources import ImageSource
 from stages.extract.batching import find_batch_size
 from stages.extract.calibrate import choose_rows, gather
-from stages.extract.clock import StageClock, StageTimes, threads
+from stages.extract.clock import StageClock, StageTimes
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.devices import on_gpu, streams_of
 from stages.extract.drift import DRIFT_IMAGES, is_low, keep_drift
@@ -51,7 +51,8 @@ class ExtractSummary:
     bytes_written: int
     shards_written: int
     stages: StageTimes | None = None
-    """Where the time of the pass went, of all its teachers; None where workers did it."""
+    """Where the time of the pass went, of all its teachers, or of the units that workers did; None
+    where they did none."""
     drift: tuple[LevelDrift, ...] = ()
     """How far low precision is from float32, where features are computed in it, as the store says."""
 
@@ -180,7 +181,7 @@ class Extraction:
             chosen = choose_rows(self.rows, self.calibration_images)
             what = f"calibrating teacher {self.spec.name!r} on {len(chosen)} images"
             with named_out_of_memory(what, "choose fewer `extract: {calibration_images: ...}`"):
-                gathered = gather(self.rows, chosen, self.batch_size, threads(), progress)
+                gathered = gather(self.rows, chosen, self.batch_size, progress)
                 return gathered.fit(self.spec.codec)
 
         writer = FeatureWriter.open(
@@ -213,11 +214,13 @@ class Extraction:
         rows = replace(self.rows, clock=clock, kept=kept)
         return Lane(rows=rows, batch_size=self.batch_size, writer=writer)
 
-    def write(self, writer: FeatureWriter, shards: Iterable[range]) -> None:
+    def write(self, writer: FeatureWriter, shards: Iterable[range]) -> StageTimes:
         """Compute and commit shards that `writer` has claimed, in this order."""
-        clock = StageClock()
+        started = time.perf_counter()
+        clock = _clock([self])
         lane = self.lane(writer, clock, _kept([self]))
-        flow(lane.steps(shards), clock, NoProgress(), Stop(), streams_of([lane.rows.teacher]))
+        flow(lane.steps(shards), clock, NoProgress(), Stop())
+        return clock.times(time.perf_counter() - started, on_gpu=on_gpu([self.rows.teacher]))
 
 
 def run_together(
@@ -229,24 +232,23 @@ def run_together(
     """
     with ExitStack() as stack:
         writers = [stack.enter_context(one.begin(progress)) for one in extractions]
-        clock, kept = StageClock(), _kept(extractions)
+        clock, kept = _clock(extractions), _kept(extractions)
         lanes = [
             one.lane(writer, clock, kept) for one, writer in zip(extractions, writers, strict=True)
         ]
-        teachers = [lane.rows.teacher for lane in lanes]
-        streams = streams_of(teachers)
         missing = sum(len(rows) for writer in writers for rows in writer.missing())
         names = ", ".join(one.spec.name for one in extractions)
         progress.start(f"extract {names}", missing)
         started = time.perf_counter()
 
         def write(shards: Sequence[Iterator[range]]) -> None:
-            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop, streams)
+            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop)
 
         done = write_missing(writers, write, progress, stop)
         for writer in writers:
             writer.finish()
-        times = clock.times(time.perf_counter() - started, streams=streams, on_gpu=on_gpu(teachers))
+        gpu = on_gpu(lane.rows.teacher for lane in lanes)
+        times = clock.times(time.perf_counter() - started, on_gpu=gpu)
         return [
             _summary(*one, times) for one in zip(extractions, writers, done, strict=True)
         ]  # fmt: skip
@@ -273,6 +275,14 @@ def _summary(
 def _found_batch_size(teacher: Teacher, rows: RowReader) -> int:
     good = next((row for row in range(len(rows.views)) if rows.is_ok(row)), None)
     return 1 if good is None else find_batch_size(teacher, rows.load(good))
+
+
+def _clock(extractions: Sequence[Extraction]) -> StageClock:
+    """Return the clock of a pass, which says how many threads it has."""
+    return StageClock(
+        streams=streams_of(one.rows.teacher for one in extractions),
+        readers=max(one.rows.readers for one in extractions),
+    )
 
 
 def _kept(extractions: Sequence[Extraction]) -> DecodedImages | None:
