@@ -10,7 +10,6 @@ from pipeline.errors import StepError
 from pipeline.indexing import require_views
 from pipeline.params import Params
 from pipeline.report import Report
-from pipeline.tables import drift_line
 from stages.data.dataset import open_dataset
 from stages.extract.clock import StageTimes
 from stages.extract.run import ExtractSummary, extract
@@ -119,7 +118,7 @@ def _report(results: list[ExtractSummary]) -> Report:
         data={"teachers": [asdict(one) for one in results]},
         remarks=_stage_remarks(results)
         + tuple(
-            f"{one.teacher}, {drift_line(level)}"
+            f"{one.teacher}, {level}"
             for one in results
             for level in one.drift
         ),

@@ -9,7 +9,6 @@ from rich.filesize import decimal
 from pipeline.params import load_params
 from pipeline.report import Report
 from stages.extract.known import TeacherDescription, describe_teachers
-from store.drift import LevelDrift
 from store.inspect import StoreSummary, TeacherSummary, summarise
 from store.remote import locate
 from store.tables import read_images
@@ -74,22 +73,13 @@ def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
             "answer to the changed image; 1 follows it exactly"
         )
     remarks += [
-        f"{teacher.name} in {teacher.provenance.get('precision')}, {drift_line(level)}"
+        f"{teacher.name} in {teacher.provenance.get('precision')}, {level}"
         for teacher in summary.teachers
         for level in teacher.drift
     ]
     bad = [f"quarantined: {name}: {reason}" for name, reason in summary.quarantined.items()]
     more = [f"and {len(bad) - _SHOWN} more, `--quarantined` lists all"] if bad[_SHOWN:] else []
     return (*remarks, *bad[:_SHOWN], *more)
-
-
-def drift_line(level: LevelDrift) -> str:
-    """Say what low precision cost a level."""
-    return (
-        f"{level.level}: against fp32 on {level.tokens} tokens, cosine mean "
-        f"{level.cosine_mean:.6f}, 1st percentile {level.cosine_p01:.6f}, relative L2 "
-        f"{level.relative_l2:.2g}"
-    )
 
 
 def _changes(summary: StoreSummary) -> str:

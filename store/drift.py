@@ -35,6 +35,13 @@ class LevelDrift:
     cosine_p01: float
     relative_l2: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.level}: against fp32 on {self.tokens} tokens, cosine mean "
+            f"{self.cosine_mean:.6f}, 1st percentile {self.cosine_p01:.6f}, relative L2 "
+            f"{self.relative_l2:.2g}"
+        )
+
 
 def write_drift(
     folder: StorePath, spec: TeacherSpec, drift: Sequence[LevelDrift], images: int
