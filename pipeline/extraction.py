@@ -118,9 +118,7 @@ def _report(results: list[ExtractSummary]) -> Report:
         data={"teachers": [asdict(one) for one in results]},
         remarks=_stage_remarks(results)
         + tuple(
-            f"{one.teacher}, {level.level}: against fp32 on {level.tokens} tokens, cosine mean "
-            f"{level.cosine_mean:.6f}, 1st percentile {level.cosine_p01:.6f}, relative L2 "
-            f"{level.relative_l2:.2g}"
+            f"{one.teacher}, {level}"
             for one in results
             for level in one.drift
         ),

@@ -6,6 +6,7 @@ from pipeline.params import Params
 from pipeline.plan_budget import Option
 from pipeline.plan_costs import Comparison, Pace, one_pass
 from stages.extract.measure import TeacherCost
+from store import drift, equivariance
 from store.calibration import Fidelity
 from store.codecs import parse_codec
 from store.contract import contract_of, worst
@@ -75,6 +76,9 @@ class Survey:
     def stored(self, name: str, codec: str, limit: Grid | None = None) -> Stored:
         """Return how a teacher would lie in the store with a codec, no grid beyond `limit`."""
         cost, extract = self.costs[name], self.params.extract
+        measured = [equivariance.TABLE] if extract.equivariance_images else []
+        if self.params.teachers[name].precision != "fp32":
+            measured.append(drift.TABLE)
         spec = replace(with_limits(cost.spec, (limit,)), codec=codec)
         fitted = cost.codecs[codec].fitted
         record = future_record(
@@ -86,7 +90,7 @@ class Survey:
         )
         return Stored(
             record=record,
-            size=teacher_size(record, equivariance=extract.equivariance_images > 0),
+            size=teacher_size(record, measured),
             fidelity=worst(fitted[target.name].fidelity for target in spec.targets),
         )
 

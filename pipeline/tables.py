@@ -72,6 +72,11 @@ def _store_remarks(summary: StoreSummary) -> tuple[str, ...]:
             "flip/crop/scale: mean cosine of a mirrored, cut or enlarged grid with the teacher's "
             "answer to the changed image; 1 follows it exactly"
         )
+    remarks += [
+        f"{teacher.name} in {teacher.provenance.get('precision')}, {level}"
+        for teacher in summary.teachers
+        for level in teacher.drift
+    ]
     bad = [f"quarantined: {name}: {reason}" for name, reason in summary.quarantined.items()]
     more = [f"and {len(bad) - _SHOWN} more, `--quarantined` lists all"] if bad[_SHOWN:] else []
     return (*remarks, *bad[:_SHOWN], *more)

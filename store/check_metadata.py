@@ -4,19 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from store.documents import check_document, encode_document, load_document
-from store.equivariance import (
-    equivariance_documents,
-    equivariance_layouts,
-    has_equivariance,
-    read_equivariance,
-)
 from store.errors import StoreDamagedError, StoreError
+from store.figures import FigureTable
 from store.files import names_below, read_file
 from store.findings import Verification
 from store.images import ImageTable
 from store.layout import METADATA, ArrayLayout, group_document
+from store.measured import MEASURED
 from store.remote import StorePath
-from store.spec import EQUIVARIANCE
 from store.tables import RootRecord, read_images, read_root, read_views, table_layouts
 from store.teacher import TeacherRecord, is_earlier, is_teacher, read_record
 from store.teacher_layout import TeacherLayout, codec_layouts
@@ -156,18 +151,21 @@ def check_description(
     for path, document in record.layout.statistics_documents().items():
         if record.finished or (folder / path).exists():
             _check_bytes(folder / path, document, found, mend, teacher=name)
-    if has_equivariance(folder):
-        _check_equivariance(folder, record, found)
+    for table in MEASURED:
+        if table.exists(folder):
+            _check_figures(folder, table, record, found)
     return record
 
 
-def _check_equivariance(folder: StorePath, record: TeacherRecord, found: Verification) -> None:
+def _check_figures(
+    folder: StorePath, table: FigureTable, record: TeacherRecord, found: Verification
+) -> None:
     name = folder.name
-    mend = f"delete {folder / EQUIVARIANCE}: it only says how far features follow flips and crops"
-    for path, document in equivariance_documents(record.spec).items():
+    mend = f"delete {folder / table.folder}: it only holds {table.says}"
+    for path, document in table.documents(record.spec).items():
         _check_bytes(folder / path, document, found, mend, teacher=name)
     try:
-        read_equivariance(folder, record.spec)
+        table.read(folder, record.spec)
     except StoreDamagedError as error:
         found.add("damage", "metadata", str(error), mend, teacher=name)
 
@@ -182,8 +180,9 @@ def documents_below(
         layout = record.layout
         documents[f"{name}/{METADATA}"] = group_document(record.to_attributes())
         below = layout.documents() | (layout.statistics_documents() if record.finished else {})
-        if has_equivariance(path / name):
-            below |= equivariance_documents(record.spec)
+        for table in MEASURED:
+            if table.exists(path / name):
+                below |= table.documents(record.spec)
         documents |= {f"{name}/{path}": text for path, text in below.items()}
     return documents
 
@@ -221,9 +220,10 @@ def check_teacher_files(folder: StorePath, layout: TeacherLayout, found: Verific
         if target.name in layout.codecs:
             arrays += codec_layouts(target, layout.codecs[target.name]).values()
     known = {METADATA, *layout.documents(), *layout.statistics_documents(), *_chunk_files(arrays)}
-    if has_equivariance(folder):
-        known |= equivariance_documents(layout.spec).keys()
-        known |= _chunk_files(list(equivariance_layouts(layout.spec).values()))
+    for table in MEASURED:
+        if table.exists(folder):
+            known |= table.documents(layout.spec).keys()
+            known |= _chunk_files(list(table.layouts(layout.spec).values()))
     _check_unknown(folder, "", known, found, teacher=folder.name)
 
 

@@ -63,8 +63,12 @@ def measure_disk(path: Path, size: int) -> Disk:
     )
 
 
-def refuse_full_disk(folder: StorePath, needed: int, state: Callable[[], str]) -> None:
+def refuse_full_disk(
+    folder: StorePath, needed: int, state: Callable[[], str], others: int = 0
+) -> None:
     """Refuse to begin what will not fit: `needed` bytes, and a reserve, below a local folder.
+
+    `others` are bytes that will be written meanwhile, of shards that are begun.
 
     Raises:
         StoreError: less than that is free; says what is safe (`state`).
@@ -72,10 +76,11 @@ def refuse_full_disk(folder: StorePath, needed: int, state: Callable[[], str]) -
     if not isinstance(folder, Path):
         return
     free = shutil.disk_usage(folder).free
-    if free < needed + RESERVE_BYTES:
+    if free < needed + others + RESERVE_BYTES:
+        meanwhile = f", shards that are being written {others / 2**20:,.1f} MiB" if others else ""
         raise StoreError(
-            f"no space left for the next shard of {folder}: it needs {needed / 2**20:,.1f} MiB, "
-            f"and {RESERVE_BYTES / 2**20:,.0f} MiB are kept free; {free / 2**20:,.1f} MiB are free "
+            f"no space left for the next shard of {folder}: it needs {needed / 2**20:,.1f} MiB"
+            f"{meanwhile}, and {RESERVE_BYTES / 2**20:,.0f} MiB are kept free; {free / 2**20:,.1f} MiB are free "
             f"on the disk. {state()}. Make room and run the same command again, it resumes."
         )
 

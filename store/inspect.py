@@ -18,6 +18,7 @@ import zarr
 from store.calibration import Fidelity
 from store.codecs import Codec, Codes, Values
 from store.decode import decode_rows
+from store.drift import LevelDrift, read_drift
 from store.equivariance import Equivariance, read_equivariance
 from store.reader import FeatureStore
 from store.remote import StorePath
@@ -53,7 +54,10 @@ class LevelSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSummary:
-    """One teacher; `coverage` is the share of rows committed, `quarantined` counts among them."""
+    """One teacher; `coverage` is the share of rows committed, `quarantined` counts among them.
+
+    `drift` is how far low precision took each level from float32, empty where there was none.
+    """
 
     name: str
     finished: bool
@@ -64,6 +68,7 @@ class TeacherSummary:
     bytes: int
     levels: tuple[LevelSummary, ...]
     equivariance_images: int
+    drift: tuple[LevelDrift, ...]
     fingerprint: str
     provenance: dict[str, Any]
 
@@ -220,6 +225,7 @@ def _summarise_teacher(folder: StorePath, store: FeatureStore) -> TeacherSummary
             _summarise_array(folder, record, name, measured) for name in layout.features()
         ),
         equivariance_images=0 if measured is None else measured.images,
+        drift=read_drift(folder, record.spec),
         fingerprint=record.spec.fingerprint(),
         provenance=dict(record.spec.provenance),
     )

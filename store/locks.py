@@ -95,6 +95,30 @@ def lock_shard(folder: StorePath, shard: int) -> Lock | FileLock:
     return _take(folder / _FOLDER / f"{_PREFIX}{shard}")
 
 
+def held_shards(folder: Path) -> list[int]:
+    """Return the shards of a local teacher that some writer holds now, ascending."""
+    prefix = folder / _FOLDER / _PREFIX
+    numbers = (path.name.removeprefix(_PREFIX) for path in prefix.parent.glob(f"{_PREFIX}*"))
+    return sorted(
+        int(one) for one in numbers if one.isdigit() and _held(prefix.with_name(f"{_PREFIX}{one}"))
+    )
+
+
+def _held(path: Path) -> bool:
+    """Tell whether a lock's file is locked; who comes to a free one meanwhile looks again later."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def teacher_turn(folder: StorePath) -> Iterator[Lock | FileLock]:
     """Hold what begins and finishes a teacher; waits for its turn, a codec may be fitted meanwhile.

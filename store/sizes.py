@@ -1,13 +1,13 @@
 """How many bytes and files a store will have, told from its description before it is written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from store.calibration import FittedTarget
 from store.codecs import parse_codec
 from store.documents import encode_document
-from store.equivariance import equivariance_documents, equivariance_layouts
+from store.figures import FigureTable
 from store.images import ImageTable
 from store.layout import METADATA, ArrayLayout, group_document, table_layout
 from store.spec import TeacherSpec
@@ -63,8 +63,8 @@ def future_record(
     return replace(record, rows_per_shard=cut)
 
 
-def teacher_size(record: TeacherRecord, *, equivariance: bool = False) -> Size:
-    """Return the size of a teacher's folder once it is finished, with its equivariance or not."""
+def teacher_size(record: TeacherRecord, measured: Sequence[FigureTable] = ()) -> Size:
+    """Return the size of a teacher's folder once it is finished, with what is measured of it."""
     layout = record.layout
     documents = {
         METADATA: group_document(record.to_attributes()),
@@ -76,9 +76,9 @@ def teacher_size(record: TeacherRecord, *, equivariance: bool = False) -> Size:
         arrays += layout.statistics(target).values()
         if target.name in record.codecs:
             arrays += codec_layouts(target, record.codecs[target.name]).values()
-    if equivariance:
-        documents |= equivariance_documents(record.spec)
-        arrays += equivariance_layouts(record.spec).values()
+    for table in measured:
+        documents |= table.documents(record.spec)
+        arrays += table.layouts(record.spec).values()
     return _documents_size(documents.values()) + _arrays_size(arrays)
 
 

@@ -19,10 +19,12 @@ GLOBAL = "global"
 """Name of the array that holds a teacher's pooled output."""
 EQUIVARIANCE = "equivariance"
 """Name of the group that says how far a teacher's grids follow its images."""
+DRIFT = "drift"
+"""Name of the group that says how far low precision takes a teacher from float32."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _RESERVED_TEACHERS = frozenset({"images", "views", "zarr.json"})
-_RESERVED_LEVELS = frozenset({GLOBAL, EQUIVARIANCE, "valid", "commit", "zarr.json"})
+_RESERVED_LEVELS = frozenset({GLOBAL, EQUIVARIANCE, DRIFT, "valid", "commit", "zarr.json"})
 
 
 def canonical_json(value: object) -> str:

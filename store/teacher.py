@@ -16,7 +16,6 @@ from store.documents import (
     read_count,
     write_document,
 )
-from store.equivariance import remove_equivariance
 from store.errors import (
     StoreDamagedError,
     StoreError,
@@ -27,6 +26,7 @@ from store.errors import (
 from store.files import remove_file, remove_tree
 from store.images import OK
 from store.layout import METADATA, group_document
+from store.measured import MEASURED
 from store.remote import StorePath, each
 from store.spec import FORMAT, FORMAT_VERSION, TeacherSpec
 from store.stored_codecs import (
@@ -190,7 +190,8 @@ def begin_teacher(
         write_record(folder, record)  # first of all: no longer finished, once its arrays grow
     else:  # somebody may have deleted the description only: what is there is not to be trusted
         remove_tree(folder / "valid")
-        remove_equivariance(folder)
+        for table in MEASURED:
+            table.remove(folder)
         write_document(folder / "commit" / METADATA, group_document({}))  # what `gc` knows it by
         record = replace(asked, codecs=calibrate_codecs(folder, asked.spec, calibrate))
         layout = with_rows_per_shard(record.layout, shard_bytes)

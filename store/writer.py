@@ -9,11 +9,13 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.begun import bytes_to_come
 from store.chunks import write_array
 from store.codecs import FLOATS, Codec, Codes, FloatCodec, Values
 from store.create import create_store
@@ -328,7 +330,9 @@ class FeatureWriter:
         shard = rows.start // layout.rows_per_shard
         if self._pending is None and rows.start == layout.shard_rows(shard).start:
             self._claim_or_refuse(rows)
-            refuse_full_disk(self._folder, self._shard_bytes(shard), self._state)
+            refuse_full_disk(
+                self._folder, self._shard_bytes(shard), self._state, self._others(shard)
+            )
             with full_disk_refused(self._folder, self._state):
                 self._pending = PendingShard(self._folder, layout, shard, self._pool)
         if self._pending is None or rows.start != self._pending.next_row:
@@ -363,6 +367,12 @@ class FeatureWriter:
         layout = self._layout
         arrays = [*layout.features().values(), *layout.commits(), layout.valid()]
         return sum(array.file_bytes(shard) for array in arrays)
+
+    def _others(self, shard: int) -> int:
+        """Return the bytes that other shards still take, of this teacher and of others."""
+        if not isinstance(self._folder, Path):
+            return 0
+        return bytes_to_come(self._folder.parent, self._folder, shard)
 
     def _state(self) -> str:
         features = self._layout.features().values()

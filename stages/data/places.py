@@ -95,6 +95,11 @@ Place = Path | Url | TarMember
 """Where the bytes of one image lie."""
 
 
+def is_remote(place: Place) -> bool:
+    """Tell whether bytes come over a network, so that waiting for them takes no core."""
+    return isinstance(place.tar if isinstance(place, TarMember) else place, Url)
+
+
 def address(text: str | Address) -> Address:
     """Return a URL as `Url`, anything else as a path; `file://` is a path too."""
     if isinstance(text, Path | Url):

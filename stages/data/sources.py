@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from stages.data.places import (
     Address,
@@ -17,6 +16,9 @@ from stages.data.places import (
     files_of,
     patiently,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd  # a second of its own; only manifests need it
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -182,7 +184,9 @@ def _id_from(path: str, place: Address, base: Address) -> str:
     return _id_of(entry.relative_to(str(base)) if inside else entry)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".parquet"):
         raise SourceError(f"{path}: a manifest is a .csv or .parquet file")
@@ -197,7 +201,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def _cells(path: Path, table: pd.DataFrame, column: str) -> list[str]:
+def _cells(path: Path, table: "pd.DataFrame", column: str) -> list[str]:
     empty = table[column].isna() | (table[column].astype(str).str.strip() == "")
     if empty.any():
         row = int(empty.to_numpy().argmax()) + 1

@@ -17,7 +17,6 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 
-import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
@@ -267,6 +266,8 @@ def _read_index(path: Path) -> dict[str, list[_Entry]]:
 
 def _write_index(path: Path, entries: Iterable[_Entry]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    import pandas as pd
+
     frame = pd.DataFrame([asdict(entry) for entry in entries])
     table = pyarrow.Table.from_pandas(frame, preserve_index=False)
     with tempfile.TemporaryDirectory(prefix=".sak-index-", dir=path.parent) as folder:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.extract.portions import is_out_of_memory
+from stages.extract.halving import is_out_of_memory
 from stages.extract.teachers import Features
 
 LARGEST = 256

@@ -36,13 +36,13 @@ def choose_rows(rows: RowReader, count: int) -> tuple[int, ...]:
 
 
 def gather(
-    rows: RowReader, chosen: Sequence[int], batch_size: int, threads: int, progress: Progress
+    rows: RowReader, chosen: Sequence[int], batch_size: int, progress: Progress
 ) -> Calibration:
     """Return the tokens that the teacher gives for the chosen rows."""
     calibration = Calibration(rows.teacher.spec, len(chosen))
     progress.start(f"calibrate {rows.teacher.spec.name}", len(chosen))
     position = 0
-    with closing(read_ahead(rows.load, chosen, threads, 2 * batch_size)) as inputs:
+    with closing(read_ahead(rows.load, chosen, rows.readers, 2 * batch_size)) as inputs:
         for batch in batches(inputs, batch_size):
             features = rows.teacher(batch)
             levels = {name: values.cpu().numpy() for name, values in features.levels.items()}

@@ -16,6 +16,7 @@ import dask
 import torch
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, wait
 
+from stages.extract.clock import total
 from stages.extract.errors import WorkersLostError
 from stages.extract.run import ExtractSummary
 from stages.extract.units import (
@@ -116,8 +117,9 @@ def extract_on(client: Client, job: Job, progress: Progress) -> ExtractSummary:
     done: list[UnitSummary] = []
     left = begun
     while left.missing:
-        written = _round(client, job, left.missing, progress)
-        done += written
+        known = len(done)
+        _round(client, job, left.missing, done, progress)
+        written = done[known:]
         if not written:
             time.sleep(1.0)  # somebody else is at all that is left
         before, left = left, _one(client, begin, job)
@@ -127,11 +129,15 @@ def extract_on(client: Client, job: Job, progress: Progress) -> ExtractSummary:
 
 
 def _round(
-    client: Client, job: Job, missing: Sequence[range], progress: Progress
-) -> list[UnitSummary]:
-    """Have every one of these shards computed that nobody else is at; return those written."""
+    client: Client,
+    job: Job,
+    missing: Sequence[range],
+    done: list[UnitSummary],
+    progress: Progress,
+) -> None:
+    """Have every one of these shards computed that nobody else is at; add those written to `done`."""
     futures: list[Future] = []
-    written = []
+    started, images = time.perf_counter(), 0
     try:
         resources = _resources(client)
         futures.extend(
@@ -140,14 +146,22 @@ def _round(
         for future in _completed(client, futures):
             unit = _result(future)
             if unit.written:
-                written.append(unit)
-                progress.advance(len(unit.rows), f"{len(client.nthreads())} workers")
+                done.append(unit)
+                images += unit.images
+                note = _note(client, done, images / (time.perf_counter() - started))
+                progress.advance(len(unit.rows), note)
     except BaseException as error:
         client.cancel(futures, force=True)
         if isinstance(error, Terminated):
             _drain(client)
         raise
-    return written
+
+
+def _note(client: Client, done: Sequence[UnitSummary], rate: float) -> str:
+    """Return what the progress line shows: how many work, how fast, and what holds them up."""
+    note = f"{len(client.nthreads())} workers, {rate:.1f} images/s"
+    times = total([one.stages for one in done if one.stages is not None])
+    return note if times is None else f"{note}, {times.bottleneck} is the bottleneck"
 
 
 def _completed(client: Client, futures: Sequence[Future]) -> Iterator[Future]:
@@ -240,4 +254,6 @@ def _summary(job: Job, begun: Begun, done: Sequence[UnitSummary], seconds: float
         images_per_second=images / seconds,
         bytes_written=rows * begun.row_bytes,
         shards_written=len(done),
+        stages=total([one.stages for one in done if one.stages is not None]),
+        drift=begun.drift,
     )

@@ -29,12 +29,11 @@ from torch.nn import functional
 
 from stages.data.view import Box, view_image, whole
 from stages.extract.calibrate import sampling_order
-from stages.extract.clock import threads
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.reading import RowReader, read_ahead
 from stages.extract.teachers import Teacher
 from stages.progress import Progress
-from store.equivariance import TRANSFORMS, Equivariance, has_equivariance, write_equivariance
+from store.equivariance import TABLE, TRANSFORMS, Equivariance, write_equivariance
 from store.remote import StorePath
 from store.spec import Grid
 
@@ -56,11 +55,11 @@ def keep_equivariance(
     spec = rows.teacher.spec
     folder = store_path / spec.name
     chosen = choose_images(rows, count)
-    if has_equivariance(folder) or not chosen:
+    if TABLE.exists(folder) or not chosen:
         return
     progress.start(f"equivariance {spec.name}", len(chosen))
     sums: dict[tuple[str, str], list[float]] = {}
-    with closing(read_ahead(rows.pixels, chosen, threads(), _AHEAD)) as views:
+    with closing(read_ahead(rows.pixels, chosen, rows.readers, _AHEAD)) as views:
         for row, pixels in zip(chosen, views, strict=True):
             for key, figure in measure_view(rows, pixels, rows.image_id(row)).items():
                 sums.setdefault(key, []).append(figure)

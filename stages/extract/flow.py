@@ -1,6 +1,7 @@
 """Images flow through teachers into the store, all stages at work side by side.
 
-    read, decode, preprocess   threads, an image each
+    read                       threads, an image each; many where images come over a network
+    decode, preprocess         the same threads, no more at once than there are cores
     stack                      a thread: images to a batch, pinned for a GPU
     forward                    a thread, two where a processor computes; batches in turn
     encode, write              a thread: codes on the teacher's device, then into the shard
@@ -24,8 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.extract.clock import StageClock, threads
-from stages.extract.encode import Encoder, refuse_unstorable
+from stages.extract.clock import StageClock
+from stages.extract.devices import Timed, answer, pinned_for, wait_for
+from stages.extract.encode import Encoded, Encoder, refuse_unstorable
+from stages.extract.halving import Halving, named_out_of_memory
 from stages.extract.reading import RowReader
 from stages.extract.teachers import Features, Teacher
 from stages.progress import Progress
@@ -33,7 +36,8 @@ from stages.stopping import Stop
 from store.writer import FeatureWriter
 
 _AHEAD = 2
-"""Batches that wait before a teacher, and before its writer."""
+"""Batches that wait before a teacher, and before its writer; more before a teacher where as many
+reading threads as the clock says would otherwise have nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +57,11 @@ class Lane:
     batch_size: int
     writer: FeatureWriter
     encoder: Encoder = field(init=False)
+    halving: Halving = field(init=False)
     dropped: set[range] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.halving = Halving(f"encoding for teacher {self.writer.layout.spec.name!r}")
         self.encoder = Encoder(self.writer.layout, self.writer.codecs)
 
     def steps(self, shards: Iterable[range]) -> Iterator[Step]:
@@ -73,6 +79,21 @@ class Lane:
             self.dropped.add(step.shard)
         return step.shard not in self.dropped
 
+    def encode(self, rows: range, answered: "_Answer", part: slice) -> Encoded:
+        """Return the codes of `rows`, which are a `part` of those that a teacher answered.
+
+        Raises:
+            NonFiniteFeaturesError: see `refuse_unstorable`.
+        """
+        valid = answered.valid[part]
+        if answered.features is None or not valid.any():
+            return self.encoder(None, valid)
+        start = int(answered.valid[: part.start].sum())
+        features = answered.features.part(slice(start, start + int(valid.sum())))
+        names = [self.rows.image_id(row) for row in self.good(rows)]
+        refuse_unstorable(features, self.rows.teacher.spec, names)
+        return self.encoder(features, valid)
+
     def good(self, rows: range) -> list[int]:
         """Return the rows whose image can be read."""
         return [row for row in rows if self.rows.is_ok(row)]
@@ -83,11 +104,10 @@ def flow(
     clock: StageClock,
     progress: Progress,
     stop: Stop,
-    streams: int = 1,
 ) -> None:
     """Take every step, in order, and write what comes of it; returns when all is written.
 
-    Whatever ends it, what a teacher has answered by then is written first.
+    By as many threads as `clock` says. Whatever ends it, what a teacher has answered by then is written first.
 
     Raises:
         ExtractionError: an image changed or cannot be fetched, or features cannot be stored.
@@ -98,16 +118,16 @@ def flow(
 
     def pass_on() -> None:
         """Hand the oldest answer to the writer, as soon as there is room."""
-        step, answer = answering.popleft()
-        writing.append(writer.submit(_store, step, answer.result(), clock, progress, stop))
+        step, answered = answering.popleft()
+        writing.append(writer.submit(_store, step, answered.result(), clock, progress, stop))
         with clock.stage("wait for writing"):
             while len(writing) > _AHEAD:
                 writing.popleft().result()
 
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        _threads_per_stream(streams),
-        ThreadPoolExecutor(streams, thread_name_prefix="forward") as forward,
+        _threads_per_stream(clock.streams),
+        ThreadPoolExecutor(clock.streams, thread_name_prefix="forward") as forward,
     ):
         try:
             for step, inputs in read_steps(steps, clock):
@@ -117,7 +137,7 @@ def flow(
                 with clock.stage("wait for images"):
                     images = inputs.result()
                 answering.append((step, forward.submit(_forward, step, images, clock)))
-                if len(answering) > streams:
+                if len(answering) > clock.streams:
                     pass_on()
         finally:
             while answering:
@@ -125,16 +145,6 @@ def flow(
         with clock.stage("wait for writing"):
             while writing:
                 writing.popleft().result()
-
-
-def streams_of(teachers: Iterable[Teacher]) -> int:
-    """Return how many batches to compute side by side.
-
-    Two on a processor, each on half of its cores: when decoding or writing takes a core away, one
-    waits for it and the other does not. One for a GPU, and for teachers of others' making.
-    """
-    several = all(getattr(teacher, "reentrant", False) for teacher in teachers)
-    return 2 if several and not torch.cuda.is_available() and torch.get_num_threads() > 1 else 1
 
 
 @contextmanager
@@ -161,15 +171,15 @@ def read_steps(
     """
     pending: deque[tuple[Step, Future[Tensor | None]]] = deque()
     with (
-        ThreadPoolExecutor(threads(), thread_name_prefix="decode") as decode,
+        ThreadPoolExecutor(clock.readers, thread_name_prefix="decode") as decode,
         ThreadPoolExecutor(1, thread_name_prefix="stack") as stack,
     ):
         try:
             for step in steps:
                 load: Callable[[int], Tensor] = step.lane.rows.load
                 images = [decode.submit(load, row) for row in step.lane.good(step.rows)]
-                pending.append((step, stack.submit(_stack, images, clock)))
-                if len(pending) > _AHEAD:
+                pending.append((step, stack.submit(_stack, images, step.lane.rows.teacher, clock)))
+                if len(pending) > max(_AHEAD, clock.readers // step.lane.batch_size):
                     yield pending.popleft()
             while pending:
                 yield pending.popleft()
@@ -178,13 +188,16 @@ def read_steps(
             stack.shutdown(wait=False, cancel_futures=True)
 
 
-def _stack(images: Sequence["Future[Tensor]"], clock: StageClock) -> Tensor | None:
-    inputs = [image.result() for image in images]
-    if not inputs:
+def _stack(
+    images: Sequence["Future[Tensor]"], teacher: Teacher, clock: StageClock
+) -> Tensor | None:
+    if not images:
         return None
-    with clock.stage("stack"):
-        stacked = torch.stack(inputs)
-        return stacked.pin_memory() if torch.cuda.is_available() else stacked
+    what = f"reading {len(images)} images for teacher {teacher.spec.name!r}"
+    with named_out_of_memory(what, "choose a smaller `extract: {batch_size: ...}`"):
+        inputs = [image.result() for image in images]
+        with clock.stage("stack"):
+            return pinned_for(teacher, torch.stack(inputs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,48 +206,41 @@ class _Answer:
 
     features: Features | None
     valid: NDArray[np.bool_]
-    events: "tuple[torch.cuda.Event, torch.cuda.Event] | None" = None
+    events: Timed | None = None
 
 
 def _forward(step: Step, images: Tensor | None, clock: StageClock) -> _Answer:
     valid = np.array([step.lane.rows.is_ok(row) for row in step.rows])
     if images is None:
         return _Answer(features=None, valid=valid)
-    teacher = step.lane.rows.teacher
-    if not torch.cuda.is_available():
-        with clock.stage("forward"):
-            return _Answer(features=teacher(images), valid=valid)
-    events = _event(), _event()
-    events[0].record()
-    features = teacher(images)
-    events[1].record()
+    features, events = answer(step.lane.rows.teacher, images, clock)
     return _Answer(features=features, valid=valid, events=events)
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _store(step: Step, answer: _Answer, clock: StageClock, progress: Progress, stop: Stop) -> None:
+def _store(
+    step: Step, answered: _Answer, clock: StageClock, progress: Progress, stop: Stop
+) -> None:
     if not step.lane.begins(step, stop):
         return
     try:
-        _encode_and_write(step, answer, clock)
+        _encode_and_write(step, answered, clock)
     except BaseException:
         step.lane.dropped.add(step.shard)  # its other batches have nowhere to go
         raise
-    progress.advance(len(step.rows))
+    progress.advance(
+        len(step.rows), clock.done(step.lane.rows.teacher.spec.name, int(answered.valid.sum()))
+    )
 
 
-def _encode_and_write(step: Step, answer: _Answer, clock: StageClock) -> None:
+def _encode_and_write(step: Step, answered: _Answer, clock: StageClock) -> None:
     lane = step.lane
-    if answer.events is not None:  # a GPU answers before it is done
-        answer.events[1].synchronize()
-        clock.add("forward", answer.events[0].elapsed_time(answer.events[1]) / 1000)
+    wait_for(answered.events, clock)
     with clock.stage("encode"):
-        if answer.features is not None:
-            names = [lane.rows.image_id(row) for row in lane.good(step.rows)]
-            refuse_unstorable(answer.features, lane.rows.teacher.spec, names)
-        encoded = lane.encoder(answer.features, answer.valid)
+        parts = lane.halving(
+            len(step.rows), lambda part: (part, lane.encode(step.rows[part], answered, part))
+        )
     with clock.stage("write"):
-        lane.writer.write_codes(step.rows, encoded.codes, encoded.moments, answer.valid)
+        for part, encoded in parts:
+            lane.writer.write_codes(
+                step.rows[part], encoded.codes, encoded.moments, answered.valid[part]
+            )

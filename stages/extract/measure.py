@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.extract.calibrate import batches, is_held_out
-from stages.extract.clock import READING, StageClock, threads
+from stages.extract.clock import READING, StageClock
 from stages.extract.encode import refuse_unstorable
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.measure_codecs import CodecCost, EncodingSample, measure_codec
@@ -124,7 +124,7 @@ def _decode(
     """Return the inputs, and the seconds each took, read by as many threads as extraction has."""
     inputs = []
     started = time.perf_counter()
-    with closing(read_ahead(rows.load, chosen, threads(), 2 * batch_size)) as images:
+    with closing(read_ahead(rows.load, chosen, rows.readers, 2 * batch_size)) as images:
         for image in images:
             inputs.append(image)
             progress.advance(note="decode")

@@ -1,6 +1,6 @@
 """Fewer images at a time where a batch does not fit into memory."""
 
-import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,12 +8,10 @@ from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from stages.data.view import Box
-from stages.extract.errors import BatchTooLargeError
-from stages.extract.teachers import Features, Teacher
+from stages.extract.devices import device_of
+from stages.extract.halving import Halving
+from stages.extract.teachers import Features, NetworkTeacher, Teacher
 from store.spec import TeacherSpec
-
-_MESSAGES = ("can't allocate memory", "out of memory")
-_logger = logging.getLogger(__name__)
 
 
 class Portions:
@@ -24,8 +22,7 @@ class Portions:
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
-        self._most: int | None = None
-        self._reason = ""
+        self._halving = Halving(f"teacher {teacher.spec.name!r}")
 
     @property
     def spec(self) -> TeacherSpec:
@@ -37,6 +34,11 @@ class Portions:
         """Whether threads may ask it at the same time."""
         return bool(getattr(self._teacher, "reentrant", False))
 
+    @property
+    def device(self) -> torch.device:
+        """The device it computes on."""
+        return device_of(self._teacher)
+
     def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
         """Return the teacher's input for the part `box` of an RGB image."""
         return self._teacher.preprocess(image, box)
@@ -47,52 +49,23 @@ class Portions:
         Raises:
             BatchTooLargeError: not even one image fits.
         """
-        parts: list[Features] = []
-        start = 0
-        while start < len(images):
-            portion = images[start : start + (self._most or len(images))]
-            features = self._attempt(portion)
-            if features is None:  # only here, where the failed call holds no memory any more
-                self._halve(len(portion))
-            else:
-                parts.append(features)
-                start += len(portion)
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        return joined(self._halving(len(images), lambda part: self._teacher(images[part])))
 
-    def _attempt(self, images: Tensor) -> Features | None:
-        try:
-            return self._teacher(images)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return None
+    def exact(self) -> "Portions":
+        """Return the same teacher in float32.
 
-    def _halve(self, tried: int) -> None:
-        name = self._teacher.spec.name
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if tried == 1:
-            raise BatchTooLargeError(
-                f"teacher {name!r} runs out of memory with a single image ({self._reason}); choose a "
-                "smaller `input_size:` or `precision: bf16`, another device, or free its memory"
-            )
-        self._most = tried // 2
-        _logger.warning(
-            "teacher %r: out of memory with %d images at once, going on with %d; "
-            "set `extract: {batch_size: %d}` to begin with that",
-            name, tried, self._most, self._most,
-        )  # fmt: skip
+        Raises:
+            TypeError: it computes in one precision only, as teachers of others' making may.
+        """
+        if not isinstance(self._teacher, NetworkTeacher):
+            raise TypeError(f"teacher {self.spec.name!r} has no exact sibling")
+        return Portions(self._teacher.exact())
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error of torch or Python says that memory ran out, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
-
-
-def _joined(parts: list[Features]) -> Features:
+def joined(parts: Sequence[Features]) -> Features:
+    """Return the features of consecutive portions as those of one batch."""
+    if len(parts) == 1:
+        return parts[0]
     pooled = [part.pooled for part in parts if part.pooled is not None]
     return Features(
         levels={name: torch.cat([part.levels[name] for part in parts]) for name in parts[0].levels},

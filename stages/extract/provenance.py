@@ -11,7 +11,6 @@ from stages.extract.custom import CustomSource
 from stages.extract.errors import TeacherError
 from stages.extract.geometry import plan_input
 from stages.extract.network import NetworkSource, Outline
-from stages.extract.open_clip_networks import OpenClipSource
 from stages.extract.preprocess import Preprocessing, probe_digest
 from stages.extract.timm_networks import TimmSource
 from store.spec import canonical_json
@@ -80,6 +79,8 @@ def network_source(config: TeacherConfig) -> NetworkSource:
     if library == "custom":
         return CustomSource(name=name, checkpoint=config.checkpoint, model_args=config.model_args)
     model, _, tag = name.partition("/")
+    from stages.extract.open_clip_networks import OpenClipSource  # only where it is asked for
+
     return OpenClipSource(
         name=model, tag=tag, checkpoint=config.checkpoint, model_args=config.model_args
     )

@@ -4,7 +4,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import TypeVar
 
 import numpy as np
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.data.images import OK, ImageError, ImageOutOfReachError, decode_data, read_data
-from stages.data.places import Place
+from stages.data.places import Place, is_remote
 from stages.data.sources import ImageSource
 from stages.data.view import cut_view, whole
 from stages.data.views import row_view
-from stages.extract.clock import StageClock
+from stages.extract.clock import StageClock, threads
 from stages.extract.errors import ExtractionError, ImageChangedError
 from stages.extract.teachers import Teacher
 from store.images import ImageTable, ViewTable
@@ -24,6 +24,8 @@ from store.reader import FeatureStore
 from store.remote import StorePath
 
 _SHOWN = 5
+_REMOTE_THREADS = 16
+"""Images on the way at once from a server, which answers some hundredths of a second later."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -101,6 +103,10 @@ class RowReader:
     clock: StageClock = field(default_factory=StageClock)
     kept: "DecodedImages | None" = None
     """Decoded images to share, where more than one row of an image, or teacher, wants them."""
+    readers: int = field(default_factory=threads)
+    """Threads to read with."""
+    decoding: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(threads()))
+    """Lets no more images be decoded at once than there are cores, however many are on the way."""
 
     def image_id(self, row: int) -> str:
         """Return the id of the image that a row is a view of."""
@@ -118,7 +124,7 @@ class RowReader:
             ExtractionError: it cannot be fetched now.
         """
         pixels = self.pixels(row)
-        with self.clock.stage("preprocess"):
+        with self.decoding, self.clock.stage("preprocess"):
             return self.teacher.preprocess(pixels, whole(pixels))
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
@@ -130,7 +136,7 @@ class RowReader:
         """
         number = row // self.views.views_per_image
         image = self._image(number) if self.kept is None else self.kept.get(number, self._image)
-        with self.clock.stage("preprocess"):
+        with self.decoding, self.clock.stage("preprocess"):
             return cut_view(image, row_view(self.views, row))
 
     def _image(self, number: int) -> NDArray[np.uint8]:
@@ -140,7 +146,7 @@ class RowReader:
         try:
             with self.clock.stage("read"):
                 data = read_data(path)
-            with self.clock.stage("decode"):
+            with self.decoding, self.clock.stage("decode"):
                 image = decode_data(path, data)
         except ImageOutOfReachError as error:
             raise ExtractionError(
@@ -186,4 +192,15 @@ def open_rows(
             f"only: {', '.join(lacking[:_SHOWN]) or 'none'}. "
             + ("Index the data set into another store." if lacking else "Run `sak index --append`.")
         )
-    return RowReader(teacher=teacher, images=store.images, views=store.views, paths=paths)
+    return RowReader(
+        teacher=teacher,
+        images=store.images,
+        views=store.views,
+        paths=paths,
+        readers=reading_threads(paths.values()),
+    )
+
+
+def reading_threads(places: Iterable[Place]) -> int:
+    """Return how many threads read images: as many as cores, more where a network answers late."""
+    return max(threads(), _REMOTE_THREADS) if any(map(is_remote, places)) else threads()

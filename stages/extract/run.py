@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import torch
-
 from stages.data.sources import ImageSource
 from stages.extract.batching import find_batch_size
 from stages.extract.calibrate import choose_rows, gather
-from stages.extract.clock import StageClock, StageTimes, threads
+from stages.extract.clock import StageClock, StageTimes
 from stages.extract.config import ExtractConfig, TeacherConfig
-from stages.extract.drift import LevelDrift, measure_drift
+from stages.extract.devices import on_gpu, streams_of
+from stages.extract.drift import DRIFT_IMAGES, is_low, keep_drift
 from stages.extract.equivariance import keep_equivariance
 from stages.extract.errors import ExtractionError
-from stages.extract.flow import Lane, flow, in_turn, streams_of
+from stages.extract.flow import Lane, flow, in_turn
+from stages.extract.halving import named_out_of_memory
 from stages.extract.portions import Portions
 from stages.extract.reading import DecodedImages, RowReader, open_rows
 from stages.extract.sharing import write_missing
@@ -26,6 +26,7 @@ from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import NoProgress, Progress
 from stages.stopping import Stop
 from store.calibration import FittedTarget
+from store.drift import LevelDrift, read_drift
 from store.locks import teacher_turn
 from store.remote import StorePath, locate
 from store.spec import TeacherSpec
@@ -50,9 +51,10 @@ class ExtractSummary:
     bytes_written: int
     shards_written: int
     stages: StageTimes | None = None
-    """Where the time of the pass went, of all its teachers; None where workers did it."""
+    """Where the time of the pass went, of all its teachers, or of the units that workers did; None
+    where they did none."""
     drift: tuple[LevelDrift, ...] = ()
-    """How far low precision is from float32, where features were computed in it."""
+    """How far low precision is from float32, where features are computed in it, as the store says."""
 
 
 def extract(
@@ -80,13 +82,7 @@ def extract(
         open_extraction(store_path, images, image_size, teacher, settings)
         for teacher in teachers.values()
     ]
-    summaries = run_together(extractions, progress, stop or Stop())
-    for number, (name, teacher) in enumerate(teachers.items()):
-        if configs[name].precision != "fp32" and summaries[number].images:
-            rows = open_rows(store_path, images, image_size, teacher)
-            drift = measure_drift(teacher, rows, settings.sample_batch_size, progress)
-            summaries[number] = replace(summaries[number], drift=drift)
-    return summaries
+    return run_together(extractions, progress, stop or Stop())
 
 
 def extract_teacher(
@@ -183,8 +179,10 @@ class Extraction:
 
         def calibrate() -> Mapping[str, FittedTarget]:
             chosen = choose_rows(self.rows, self.calibration_images)
-            gathered = gather(self.rows, chosen, self.batch_size, threads(), progress)
-            return gathered.fit(self.spec.codec)
+            what = f"calibrating teacher {self.spec.name!r} on {len(chosen)} images"
+            with named_out_of_memory(what, "choose fewer `extract: {calibration_images: ...}`"):
+                gathered = gather(self.rows, chosen, self.batch_size, progress)
+                return gathered.fit(self.spec.codec)
 
         writer = FeatureWriter.open(
             self.store_path,
@@ -204,20 +202,25 @@ class Extraction:
         path = locate(self.store_path)
         if writer.images_digest != self.rows.images.digest():
             raise ExtractionError(f"the images of {path} changed just now; run this again")
-        if self.equivariance_images and writer.missing():
-            with teacher_turn(path / self.spec.name):
+        if not writer.missing() or not (self.equivariance_images or is_low(self.spec)):
+            return
+        with teacher_turn(path / self.spec.name):
+            if self.equivariance_images:
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
+            keep_drift(path, self.rows, min(self.batch_size, DRIFT_IMAGES), progress)
 
     def lane(self, writer: FeatureWriter, clock: StageClock, kept: DecodedImages | None) -> Lane:
         """Return this teacher's part in a flow."""
         rows = replace(self.rows, clock=clock, kept=kept)
         return Lane(rows=rows, batch_size=self.batch_size, writer=writer)
 
-    def write(self, writer: FeatureWriter, shards: Iterable[range]) -> None:
+    def write(self, writer: FeatureWriter, shards: Iterable[range]) -> StageTimes:
         """Compute and commit shards that `writer` has claimed, in this order."""
-        clock = StageClock()
+        started = time.perf_counter()
+        clock = _clock([self])
         lane = self.lane(writer, clock, _kept([self]))
-        flow(lane.steps(shards), clock, NoProgress(), Stop(), streams_of([lane.rows.teacher]))
+        flow(lane.steps(shards), clock, NoProgress(), Stop())
+        return clock.times(time.perf_counter() - started, on_gpu=on_gpu([self.rows.teacher]))
 
 
 def run_together(
@@ -229,25 +232,23 @@ def run_together(
     """
     with ExitStack() as stack:
         writers = [stack.enter_context(one.begin(progress)) for one in extractions]
-        clock, kept = StageClock(), _kept(extractions)
+        clock, kept = _clock(extractions), _kept(extractions)
         lanes = [
             one.lane(writer, clock, kept) for one, writer in zip(extractions, writers, strict=True)
         ]
-        streams = streams_of(lane.rows.teacher for lane in lanes)
         missing = sum(len(rows) for writer in writers for rows in writer.missing())
         names = ", ".join(one.spec.name for one in extractions)
         progress.start(f"extract {names}", missing)
         started = time.perf_counter()
 
         def write(shards: Sequence[Iterator[range]]) -> None:
-            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop, streams)
+            flow(in_turn(list(zip(lanes, shards, strict=True))), clock, progress, stop)
 
         done = write_missing(writers, write, progress, stop)
         for writer in writers:
             writer.finish()
-        times = clock.times(
-            time.perf_counter() - started, streams=streams, on_gpu=torch.cuda.is_available()
-        )
+        gpu = on_gpu(lane.rows.teacher for lane in lanes)
+        times = clock.times(time.perf_counter() - started, on_gpu=gpu)
         return [
             _summary(*one, times) for one in zip(extractions, writers, done, strict=True)
         ]  # fmt: skip
@@ -267,12 +268,21 @@ def _summary(
         bytes_written=asked * writer.row_bytes,
         shards_written=len(done),
         stages=times,
+        drift=read_drift(locate(extraction.store_path) / extraction.spec.name, extraction.spec),
     )
 
 
 def _found_batch_size(teacher: Teacher, rows: RowReader) -> int:
     good = next((row for row in range(len(rows.views)) if rows.is_ok(row)), None)
     return 1 if good is None else find_batch_size(teacher, rows.load(good))
+
+
+def _clock(extractions: Sequence[Extraction]) -> StageClock:
+    """Return the clock of a pass, which says how many threads it has."""
+    return StageClock(
+        streams=streams_of(one.rows.teacher for one in extractions),
+        readers=max(one.rows.readers for one in extractions),
+    )
 
 
 def _kept(extractions: Sequence[Extraction]) -> DecodedImages | None:

@@ -38,6 +38,13 @@ class Features:
     levels: Mapping[str, Tensor]
     pooled: Tensor | None
 
+    def part(self, images: slice) -> "Features":
+        """Return what is said about some of the images."""
+        return Features(
+            levels={name: values[images] for name, values in self.levels.items()},
+            pooled=None if self.pooled is None else self.pooled[images],
+        )
+
     def outputs(self) -> dict[str, Tensor]:
         """Return the levels, and the pooled output as `global` where there is one."""
         return {**self.levels, **({} if self.pooled is None else {GLOBAL: self.pooled})}
@@ -87,7 +94,7 @@ class NetworkTeacher:
         self._names = names
         self._preprocessing = preprocessing
         self._dtype = _DTYPES[precision]
-        self._device = device
+        self.device = device
         self.spec: TeacherSpec
 
     def preprocess(
@@ -99,7 +106,7 @@ class NetworkTeacher:
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B h w 3"]) -> Features:
         """Return the levels of a batch, the cells over padding cut off."""
-        pixels = images.to(self._device, non_blocking=True)
+        pixels = images.to(self.device, non_blocking=True)
         inputs = self._preprocessing.normalise(pixels, self.memory_format)
         if self._compiled:
             inputs = _padded(inputs)
@@ -122,7 +129,7 @@ class NetworkTeacher:
     def exact(self) -> "NetworkTeacher":
         """Return the same weights in float32, not compiled; nothing is copied."""
         teacher = NetworkTeacher(
-            self._network, self._names, self._preprocessing, "fp32", self._device
+            self._network, self._names, self._preprocessing, "fp32", self.device
         )
         teacher.spec = self.spec
         return teacher
@@ -130,7 +137,7 @@ class NetworkTeacher:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self._device.type, self._dtype)
+        return torch.autocast(self.device.type, self._dtype)
 
 
 def load_teacher(

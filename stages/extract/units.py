@@ -16,11 +16,13 @@ from pydantic import BaseModel
 
 from stages.data.config import DataConfig
 from stages.data.dataset import open_dataset
+from stages.extract.clock import StageTimes
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.run import Extraction, open_extraction
 from stages.extract.teachers import choose_device, load_teacher
 from stages.memory import keep_freed_memory
 from stages.progress import NoProgress
+from store.drift import LevelDrift, read_drift
 from store.remote import locate
 from store.tables import read_root
 from store.writer import FeatureWriter
@@ -56,6 +58,8 @@ class Begun:
     rows: int
     row_bytes: int
     missing: tuple[range, ...]
+    drift: tuple[LevelDrift, ...]
+    """See `ExtractSummary`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,8 @@ class UnitSummary:
     images: int
     seconds: float
     written: bool
+    stages: StageTimes | None = None
+    """Where its time went; None where it was not written."""
 
 
 class _Process:
@@ -92,7 +98,13 @@ _process = _Process()
 def begin(job: Job) -> Begun:
     """Begin or resume a teacher, its codecs fitted where needed, and say what is missing."""
     with _process.lock, _process.open(job).begin(NoProgress()) as writer:
-        return Begun(rows=writer.rows, row_bytes=writer.row_bytes, missing=tuple(writer.missing()))
+        spec = writer.layout.spec
+        return Begun(
+            rows=writer.rows,
+            row_bytes=writer.row_bytes,
+            missing=tuple(writer.missing()),
+            drift=read_drift(locate(job.store) / spec.name, spec),
+        )
 
 
 def extract_unit(job: Job, rows: range) -> UnitSummary:
@@ -102,13 +114,13 @@ def extract_unit(job: Job, rows: range) -> UnitSummary:
         started = time.perf_counter()
         with FeatureWriter.join(job.store, extraction.spec) as writer:
             written = writer.claim(rows)
-            if written:
-                extraction.write(writer, [rows])
+            stages = extraction.write(writer, [rows]) if written else None
         return UnitSummary(
             rows=rows,
             images=extraction.images_in(rows) if written else 0,
             seconds=time.perf_counter() - started,
             written=written,
+            stages=stages,
         )
 
 

@@ -60,6 +60,8 @@ def main(whole, shared, tickets):
         again = cluster.extract_on(client, job(load_params(Path(shared))), NoProgress())
     print(json.dumps([[one.images, one.quarantined, one.already_there, one.shards_written]
                       for one in (summary, again)]))
+    assert again.stages is None
+    assert summary.stages.bottleneck in {"read", "decode", "preprocess", "forward", "encode", "write"}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

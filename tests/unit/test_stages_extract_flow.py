@@ -1,5 +1,6 @@
 """The flow of images through teachers: order, one decode, time per stage, batch size."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from threading import Barrier, Thread
@@ -16,7 +17,7 @@ from stages.data.sources import ImageSource, list_folder
 from stages.data.views import draw_views
 from stages.extract import reading
 from stages.extract.batching import find_batch_size
-from stages.extract.clock import StageClock
+from stages.extract.clock import StageClock, total
 from stages.extract.config import ExtractConfig, TeacherConfig
 from stages.extract.reading import DecodedImages
 from stages.extract.run import extract
@@ -103,6 +104,42 @@ def test_every_stage_is_timed(tmp_path: Path, sources: tuple[ImageSource, ...]) 
     assert times.bottleneck in work
     assert 0 < times.forward_share <= 1
     assert times.gpu_hours is None
+    assert times.busy.keys() == {"readers", "stack", "forward", "encode", "write"}
+
+
+class Notes(NoProgress):
+    """Keeps what the progress line shows."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.notes.append(note)
+
+
+def test_the_progress_line_shows_speed_and_bottleneck(
+    tmp_path: Path, sources: tuple[ImageSource, ...]
+) -> None:
+    path, progress = new_store(tmp_path / "store.zarr", sources), Notes()
+    extract(path, sources, VIEW, {"vit": CONFIGS["vit"]}, SETTINGS, progress)
+    shown = [note for note in progress.notes if note]
+    assert len(shown) == -(-COUNT // 2)  # a line for each batch
+    assert all(re.fullmatch(r"\d+\.\d images/s, [a-z]+ is the bottleneck", one) for one in shown)
+
+
+def test_times_of_units_add_up() -> None:
+    first, second = StageClock(streams=2), StageClock()
+    first.add("forward", 6.0)
+    first.add("encode", 4.0)
+    second.add("forward", 1.0)
+    second.add("wait for images", 9.0)
+    both = total([first.times(5.0, on_gpu=False), second.times(3.0, on_gpu=True)])
+    assert both is not None
+    assert both.seconds == {"forward": 7.0, "encode": 4.0, "wait for images": 9.0}
+    assert both.busy == {"forward": 4.0, "encode": 4.0}
+    assert (both.elapsed, both.forward_share) == (8.0, 0.5)
+    assert both.gpu_hours == 3.0 / 3600
+    assert total([]) is None
 
 
 def test_the_bottleneck_is_the_stage_whose_threads_are_busiest(

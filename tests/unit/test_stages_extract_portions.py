@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stages.data.view import Box
 from stages.extract.errors import BatchTooLargeError
-from stages.extract.portions import Portions, is_out_of_memory
+from stages.extract.halving import is_out_of_memory
+from stages.extract.portions import Portions
 from stages.extract.teachers import Features
 from store.spec import LevelSpec, TeacherSpec
 
@@ -33,11 +34,30 @@ def cpu_error() -> Exception:
     raise AssertionError
 
 
+def numpy_error() -> Exception:
+    try:
+        np.empty(2**46, np.float32)
+    except MemoryError as error:
+        return error
+    raise AssertionError
+
+
 ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     "cpu": cpu_error,
     "mps": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
     "python": MemoryError,
+    "numpy": numpy_error,
+    "cublas": lambda: RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "cublas handle": lambda: RuntimeError(
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+    ),
+    "cudnn": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn algorithm": lambda: RuntimeError(
+        "Unable to find a valid cuDNN algorithm to run convolution"
+    ),
 }
 
 

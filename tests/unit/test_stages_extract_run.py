@@ -22,9 +22,11 @@ from stages.extract.teachers import Features, load_teacher
 from stages.progress import NoProgress
 from store.errors import StoreMismatchError
 from store.images import ViewTable
+from store.inspect import summarise
 from store.reader import FeatureStore
 from store.spec import LevelSpec, TeacherSpec
 from store.testing import file_contents
+from store.verify import verify
 from store.writer import create_store
 
 VIEW = (32, 48)
@@ -280,9 +282,10 @@ def test_low_precision_is_compared_with_float32(
         assert 0.99 < one.cosine_p01 < one.cosine_mean < 1
         assert 1e-4 < one.relative_l2 < 0.05
     assert not extract(store, sources, VIEW, {"exact": CONFIG}, settings, NoProgress())[0].drift
-    assert not extract(store, sources, VIEW, {"low": low}, settings, NoProgress())[
-        0
-    ].drift  # all there
+    (again,) = extract(store, sources, VIEW, {"low": low}, settings, NoProgress())
+    assert (again.images, again.drift) == (0, summary.drift)
+    assert [one.drift for one in summarise(store).teachers] == [(), summary.drift]
+    assert verify(store).clean
 
 
 def test_another_teacher_of_the_same_name_is_refused(

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from store import disk
+from store import begun, disk
 from store.append import append_images
+from store.begun import bytes_to_come
 from store.errors import (
     StoreDamagedError,
     StoreError,
@@ -217,6 +218,51 @@ def test_a_shard_that_will_not_fit_is_not_begun(
     make(path)
     make(tmp_path / "whole")
     assert file_digests(path) == file_digests(tmp_path / "whole")
+
+
+def test_shards_that_others_have_begun_count_against_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "store", sample_teacher("other")
+    create_store(path, sample_images(ROWS), sample_views(ROWS))
+    large = SHARD_BYTES * ROWS
+    with (
+        FeatureWriter.open(path, other, large) as beside,
+        FeatureWriter.open(path, SPEC, SHARD_BYTES) as writer,
+    ):
+        assert beside.claim(range(ROWS))  # claimed is not begun
+        usage = shutil.disk_usage(path)
+        free = disk.RESERVE_BYTES + 2**13
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        write_rows(writer, SPEC, range(4))
+        monkeypatch.setattr(begun, "_lacking", lambda *_: 2**13)
+        with pytest.raises(StoreError, match=r"shards that are being written 0\.0 MiB, and 64 MiB"):
+            write_rows(writer, SPEC, range(4, 6))
+        monkeypatch.undo()
+
+
+def test_what_a_begun_shard_lacks_shrinks_with_every_row_and_ends_with_its_writer(
+    tmp_path: Path,
+) -> None:
+    path, other = tmp_path / "store", sample_teacher("other")
+    create_store(path, sample_images(ROWS), sample_views(ROWS))
+    folder = path / SPEC.name
+    with (
+        FeatureWriter.open(path, other, SHARD_BYTES) as beside,
+        FeatureWriter.open(path, SPEC, SHARD_BYTES) as writer,
+    ):
+        assert writer.claim(range(4))
+        assert bytes_to_come(path, folder, 0) == 0
+        write_rows(beside, other, range(1))
+        first = bytes_to_come(path, folder, 0)
+        write_rows(beside, other, range(1, 2))
+        assert 0 < bytes_to_come(path, folder, 0) < first
+        assert bytes_to_come(path, path / "other", 0) == 0
+        write_rows(beside, other, range(2, 4))
+        assert bytes_to_come(path, folder, 0) == 0
+        write_rows(beside, other, range(4, 5))
+        assert bytes_to_come(path, folder, 0) > 0
+    assert bytes_to_come(path, folder, 0) == 0
 
 
 def test_no_flipped_byte_is_ever_returned(path: Path) -> None:
