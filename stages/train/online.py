@@ -1,0 +1,82 @@
+"""Targets that the teachers compute while the student trains, instead of reading them.
+
+What a teacher gets and what is made of its answer is what extraction does: its own preprocessing of
+the row's view, in the loading processes, and the area average to the resolution that is trained on.
+
+Letters: `B` batch, `b` those of its images that a teacher is asked for, `h w` grid, `C` channels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stages.averaging import area_average
+from stages.data.view import Box
+from stages.train.stream import Batch
+from stages.train.targets import TeacherTargets, sampling_weights
+from store.spec import Grid, TeacherSpec
+
+
+class LiveFeatures(Protocol):
+    """What a teacher answers."""
+
+    @property
+    def levels(self) -> Mapping[str, Tensor]:
+        """By name of a level `b h w C` float32, on the teacher's device."""
+        ...
+
+
+class LiveTeacher(Protocol):
+    """A teacher of `stages.extract`, as far as training needs it."""
+
+    @property
+    def spec(self) -> TeacherSpec:
+        """Its levels and provenance."""
+        ...
+
+    @property
+    def preprocess(self) -> Callable[[npt.NDArray[np.uint8], Box], Tensor]:
+        """Make the input for the part `box` of an RGB image (rows, columns, 3)."""
+        ...
+
+    def __call__(self, images: Tensor) -> LiveFeatures:
+        """Return the levels of a stack of inputs."""
+        ...
+
+
+class OnlineTargets:
+    """Asks the teachers about the images of `Batch.inputs`; nothing is read from a store.
+
+    `levels` names per teacher the (level, grid) pairs to compare, in the student's order.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, LiveTeacher],
+        levels: Mapping[str, Sequence[tuple[str, Grid]]],
+    ) -> None:
+        self._teachers = {name: teachers[name] for name in levels}
+        self._levels = levels
+
+    def __call__(self, batch: Batch) -> dict[str, TeacherTargets]:
+        """Return the targets of a batch, on the teachers' device."""
+        weights = sampling_weights(batch)
+        return {
+            name: TeacherTargets(
+                levels=self._answer(name, inputs),
+                rows=batch.target_rows[name],
+                weight=weights[name],
+            )
+            for name, inputs in batch.inputs.items()
+        }
+
+    @torch.no_grad()
+    def _answer(self, name: str, inputs: Tensor) -> list[Tensor]:
+        """Return each level at its grid, as tensors that a loss may keep for its gradient."""
+        answer = self._teachers[name](inputs).levels
+        averaged = [area_average(answer[level], grid) for level, grid in self._levels[name]]
+        return [level.clone() if level.is_inference() else level for level in averaged]
