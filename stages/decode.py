@@ -64,6 +64,6 @@ class _BitDecoder:
     def _from_blocks(self, blocks: Tensor) -> Tensor:
         """B h w (edge * edge * C) -> B H W C."""
         batch, height, width, values = blocks.shape
-        edge = self._edge
-        tiles = blocks.view(batch, height, width, edge, edge, values // edge**2)
-        return tiles.transpose(2, 3).reshape(batch, height * edge, width * edge, -1)
+        edge, channels = self._edge, values // self._edge**2
+        tiles = blocks.view(batch, height, width, edge, edge, channels)
+        return tiles.transpose(2, 3).reshape(batch, height * edge, width * edge, channels)

@@ -19,6 +19,7 @@ from stages.train.losses import distillation_losses, task_losses
 from stages.train.schedule import learning_rate
 from stages.train.stream import Batch, TargetStream, batches
 from stages.train.student import Student
+from stages.train.targets import TargetSource
 
 
 class NonFiniteLossError(ValueError):
@@ -42,9 +43,10 @@ class Loop:
         phase: PhaseConfig,
         runtime: RuntimeConfig,
         task_weights: Mapping[str, float],
+        targets: TargetSource,
     ) -> None:
         self._phase, self._precision = phase, runtime.precision
-        self._task_weights = dict(task_weights)
+        self._task_weights, self._targets = dict(task_weights), targets
         self._device = pick_device(runtime.device)
         self._student = student.to(self._device).train()
         optimizer = torch.optim.AdamW(
@@ -123,12 +125,13 @@ class Loop:
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the total `loss`, and unweighted: each task's, each teacher's, their sum."""
+        targets = self._targets(batch)
         with autocast(self._device, self._precision):
-            output = self._student(batch.images, distillation=bool(batch.targets))
+            output = self._student(batch.images, distillation=bool(targets))
         tasks = task_losses(output.tasks, batch.labels)
         teachers = {
             name: levels.sum()
-            for name, levels in distillation_losses(output.paths, batch.targets).items()
+            for name, levels in distillation_losses(output.paths, targets).items()
         }
         terms = {f"loss_{name}": loss for name, loss in tasks.items()}
         total = torch.zeros((), device=self._device)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.train.targets import TeacherTargets
+
 IGNORE = 255
 COSINE_WEIGHT = 0.9
 SMOOTH_L1_WEIGHT = 0.1
@@ -41,18 +43,29 @@ def resize_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def distillation_losses(
-    students: Mapping[str, Sequence[Tensor]], teachers: Mapping[str, Sequence[Tensor]]
+    paths: Mapping[str, Sequence[Tensor]], targets: Mapping[str, TeacherTargets]
 ) -> dict[str, Tensor]:
-    """Return per teacher one loss per level (1-D); their plain sum over everything is the loss."""
+    """Return per teacher one loss per level (1-D); their plain sum over everything is the loss.
+
+    `paths` are per teacher and level `B h w C` of all images of the batch; a teacher is compared
+    with those that it has targets for, weighted so that the expectation is the loss over all.
+    """
     return {
         name: torch.stack(
             [
-                distillation_loss(student, target)
-                for student, target in zip(students[name], targets, strict=True)
+                _weighted(path, level, teacher)
+                for path, level in zip(paths[name], teacher.levels, strict=True)
             ]
         )
-        for name, targets in teachers.items()
+        for name, teacher in targets.items()
     }
+
+
+def _weighted(path: Tensor, level: Tensor, teacher: TeacherTargets) -> Tensor:
+    if not len(level):  # no image asks this teacher: nothing is learned, every gradient exists
+        return path.float().sum() * 0
+    student = path if teacher.rows is None else path.index_select(0, teacher.rows)
+    return teacher.weight * distillation_loss(student, level)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from stages.data.view import DepthRule
 from stages.progress import NoProgress, Progress
 from stages.train.checkpoint import load_checkpoint
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
-from stages.train.device import peak_memory_megabytes
+from stages.train.device import peak_memory_megabytes, pick_device
 from stages.train.log import TrainingLog
 from stages.train.loop import Loop, Pace
 from stages.train.saving import WEIGHTS, StudentDescription, initialise_from, save_student
 from stages.train.stream import MEGABYTE, StreamSpec, TargetStream, usable_ids
 from stages.train.student import PARTS, Student
+from stages.train.targets import CachedTargets
 from store.reader import FeatureStore
 
 CHECKPOINT = "checkpoint.pt"
@@ -107,15 +108,15 @@ def train(
     if run.initialise_from is not None:
         random_parts = initialise_from(student, run.initialise_from)
     identity = _identity(run, description, store, ids)
-    loop = Loop(
-        student, run.phase, run.runtime, {task.name: task.loss_weight for task in run.tasks}
-    )
+    stream = TargetStream(_stream_spec(run, student, ids), dataset, store)
+    targets = CachedTargets(store, stream.levels, pick_device(run.runtime.device))
+    weights = {task.name: task.loss_weight for task in run.tasks}
+    loop = Loop(student, run.phase, run.runtime, weights, targets)
     checkpoint = run.folder / CHECKPOINT
     if checkpoint.is_file():
         load_checkpoint(checkpoint, loop.state, identity)
     resumed_at = loop.state.step
     log = TrainingLog(run.folder / LOG, resumed_at)
-    stream = TargetStream(_stream_spec(run, student, ids), dataset, store)
     pace = loop.execute(
         stream,
         log,

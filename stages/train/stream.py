@@ -45,7 +45,9 @@ class Batch:
     labels: dict[str, Tensor]
     """Per task `B H W` (normals `B 3 H W`), in the dtype of the data set."""
     targets: dict[str, list[Tensor]]
-    """Per teacher, per level: `B h w C`, float16 or float32."""
+    """Per teacher, per level: `b h w K` as stored, see `stages.train.targets`."""
+    target_rows: dict[str, Tensor | None]
+    """Per teacher: which images of the batch those are (`b`, int64); None: all of them."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy everything to a device; the copy overlaps with computing where it can."""
@@ -63,6 +65,10 @@ class Batch:
             labels={name: change(label) for name, label in self.labels.items()},
             targets={
                 name: [change(level) for level in levels] for name, levels in self.targets.items()
+            },
+            target_rows={
+                name: rows if rows is None else change(rows)
+                for name, rows in self.target_rows.items()
             },
         )
 
@@ -116,7 +122,7 @@ class TargetStream(TorchDataset[Batch]):
     def __init__(self, spec: StreamSpec, dataset: Dataset, store: FeatureStore) -> None:
         self.spec = spec
         self._dataset, self._store = dataset.with_tasks(spec.tasks), store
-        self._levels = {
+        self.levels: dict[str, list[tuple[str, Grid]]] = {
             name: [
                 (level.name, _grid(name, level, spec.resolution))
                 for level in store.teachers[name].levels
@@ -153,15 +159,16 @@ class TargetStream(TorchDataset[Batch]):
                 task: torch.stack([one.labels[task] for one in shown]) for task in self.spec.tasks
             },
             targets=self._targets(rows),
+            target_rows=dict.fromkeys(self.spec.teachers),
         )
 
     def _targets(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
         return {
             name: [
-                torch.from_numpy(self._store.read(name, level, rows, grid))
+                torch.from_numpy(self._store.read_codes(name, level, rows, grid))
                 for level, grid in levels
             ]
-            for name, levels in self._levels.items()
+            for name, levels in self.levels.items()
         }
 
     def _prepared(self, image: Tensor, epoch: int, image_id: str) -> Tensor:

@@ -20,6 +20,7 @@ from stages.train.losses import (
     task_losses,
 )
 from stages.train.outputs import predict
+from stages.train.targets import TeacherTargets
 
 
 def test_distillation_takes_one_cosine_per_image() -> None:
@@ -57,7 +58,8 @@ def test_distillation_covers_every_teacher_and_level_from_float16() -> None:
     targets["b"] = [torch.randn(1, 4, 4, 2).half()]
     students = {name: [level.float() for level in levels] for name, levels in targets.items()}
     students["b"] = [level + 1 for level in students["b"]]
-    losses = distillation_losses(students, targets)
+    teachers = {name: TeacherTargets(levels=levels) for name, levels in targets.items()}
+    losses = distillation_losses(students, teachers)
     assert {name: value.shape for name, value in losses.items()} == {"a": (2,), "b": (1,)}
     assert losses["a"].sum().item() == pytest.approx(0, abs=1e-6)
     assert losses["b"].item() > 0.01

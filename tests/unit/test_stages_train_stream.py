@@ -21,9 +21,10 @@ from stages.train.stream import (
     batches,
     usable_ids,
 )
+from store.codecs import Codes
 from store.images import ImageTable, ViewTable
 from store.reader import FeatureStore
-from store.spec import LevelSpec, TeacherSpec
+from store.spec import Grid, LevelSpec, TeacherSpec
 from store.writer import FeatureWriter, create_store
 
 SIZE = (24, 32)
@@ -145,6 +146,27 @@ def test_only_what_is_asked_for_is_read(
     assert set(batch.labels) == {"normals", "depth"}
     unlabelled = read(replace(spec, tasks=(), teachers=()), dataset, store, 1)
     assert (unlabelled.labels, unlabelled.targets) == ({}, {})
+
+
+def test_targets_not_asked_for_are_never_read(
+    spec: StreamSpec, dataset: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[str, str, Grid | None]] = []
+    read_codes = FeatureStore.read_codes
+
+    def counted(
+        self: FeatureStore, teacher: str, level: str, rows: list[int], grid: Grid | None = None
+    ) -> Codes:
+        reads.append((teacher, level, grid))
+        return read_codes(self, teacher, level, rows, grid)
+
+    monkeypatch.setattr(FeatureStore, "read_codes", counted)
+    read(spec, dataset, store, 1, 2)
+    assert reads == [("sam", "block_0", (5, 7)), ("sam", "block_1", (4, 4))]
+    read(replace(spec, resolution=(2, 2)), dataset, store, 1)
+    assert reads[2:] == [("sam", "block_0", (2, 2)), ("sam", "block_1", (2, 2))]
+    read(replace(spec, teachers=()), dataset, store, 1)
+    assert len(reads) == 4
 
 
 def test_cached_views_give_the_same_batch(
