@@ -8,8 +8,11 @@ from pipeline.params import Params
 from stages.data.dataset import open_dataset
 from stages.data.tasks import Task
 from stages.extract.provenance import foreseen_provenance
+from stages.extract.teachers import load_teacher
 from stages.progress import Progress
 from stages.train.checkpoint import CheckpointError
+from stages.train.device import pick_device
+from stages.train.live import LiveTeacher
 from stages.train.run import TrainingRun, TrainSummary, train
 from store.errors import difference
 from store.files import FolderLock
@@ -26,17 +29,19 @@ def train_student(
     run = _training_run(params, phase, task, dataset.tasks)
     require_views(params)
     store = FeatureStore(params.store)
-    _require_asked_teachers(params, run, store)
+    live = _live_teachers(params, run)
+    if not live:
+        _require_asked_teachers(params, run, store)
     run.folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(run.folder)
     try:
-        return train(run, dataset, store, progress)
+        return train(run, dataset, store, progress, live)
     except CheckpointError:
         if not restart:
             raise
         for file in run.folder.iterdir():
             file.unlink()
-        return train(run, dataset, store, progress)
+        return train(run, dataset, store, progress, live)
     finally:
         lock.release()
 
@@ -44,6 +49,17 @@ def train_student(
 def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
     """Folder of a run: `distill`, `multitask`, `baseline`, or `single-<task>`."""
     return params.runs / (f"single-{task}" if phase == "single-task" else phase)
+
+
+def _live_teachers(params: Params, run: TrainingRun) -> dict[str, LiveTeacher]:
+    """Load the run's teachers where they are to run live; else none is in memory."""
+    if run.phase.targets == "cached":
+        return {}
+    device = pick_device(params.runtime.device)
+    return {
+        name: load_teacher(name, params.teachers[name], params.image_size, device)
+        for name in run.teachers
+    }
 
 
 def _require_asked_teachers(params: Params, run: TrainingRun, store: FeatureStore) -> None:

@@ -6,50 +6,20 @@ the row's view, in the loading processes, and the area average to the resolution
 Letters: `B` batch, `b` those of its images that a teacher is asked for, `h w` grid, `C` channels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stages.averaging import area_average
-from stages.data.view import Box
+from stages.train.live import LiveTeacher
 from stages.train.stream import Batch
 from stages.train.targets import TeacherTargets, sampling_weights
-from store.spec import Grid, TeacherSpec
-
-
-class LiveFeatures(Protocol):
-    """What a teacher answers."""
-
-    @property
-    def levels(self) -> Mapping[str, Tensor]:
-        """By name of a level `b h w C` float32, on the teacher's device."""
-        ...
-
-
-class LiveTeacher(Protocol):
-    """A teacher of `stages.extract`, as far as training needs it."""
-
-    @property
-    def spec(self) -> TeacherSpec:
-        """Its levels and provenance."""
-        ...
-
-    @property
-    def preprocess(self) -> Callable[[npt.NDArray[np.uint8], Box], Tensor]:
-        """Make the input for the part `box` of an RGB image (rows, columns, 3)."""
-        ...
-
-    def __call__(self, images: Tensor) -> LiveFeatures:
-        """Return the levels of a stack of inputs."""
-        ...
+from store.spec import Grid
 
 
 class OnlineTargets:
-    """Asks the teachers about the images of `Batch.inputs`; nothing is read from a store.
+    """Asks the teachers, whose inputs are in `Batch.targets`; no feature is read from a store.
 
     `levels` names per teacher the (level, grid) pairs to compare, in the student's order.
     """
@@ -71,7 +41,7 @@ class OnlineTargets:
                 rows=batch.target_rows[name],
                 weight=weights[name],
             )
-            for name, inputs in batch.inputs.items()
+            for name, (inputs,) in batch.targets.items()
         }
 
     @torch.no_grad()

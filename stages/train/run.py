@@ -5,8 +5,10 @@ was killed goes on from its checkpoint when it is started again with the same se
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,13 +20,17 @@ from stages.progress import NoProgress, Progress
 from stages.train.checkpoint import load_checkpoint
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
 from stages.train.device import peak_memory_megabytes, pick_device
+from stages.train.live import LiveTeacher
 from stages.train.log import TrainingLog
 from stages.train.loop import Loop, Pace
+from stages.train.online import OnlineTargets
+from stages.train.regrid import ReusedTargets, check_reuse
 from stages.train.saving import WEIGHTS, StudentDescription, initialise_from, save_student
 from stages.train.stream import MEGABYTE, StreamSpec, TargetStream, usable_ids
 from stages.train.student import PARTS, Student
-from stages.train.targets import CachedTargets
+from stages.train.targets import CachedTargets, TargetSource
 from store.reader import FeatureStore
+from store.spec import TeacherSpec
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
@@ -87,9 +93,16 @@ class TrainSummary:
 
 
 def train(
-    run: TrainingRun, dataset: Dataset, store: FeatureStore, progress: Progress | None = None
+    run: TrainingRun,
+    dataset: Dataset,
+    store: FeatureStore,
+    progress: Progress | None = None,
+    live: Mapping[str, LiveTeacher] = MappingProxyType({}),
 ) -> TrainSummary:
     """Train a student, or go on where a killed run of the same settings stopped.
+
+    `live` are the run's teachers where `phase.targets` is `online`; the store then says which
+    images there are and what their views are, and needs no features.
 
     Raises:
         TrainingError: neither tasks nor teachers to learn from, a task without labels, a teacher
@@ -100,16 +113,19 @@ def train(
         StreamError, BatchSizeError: no usable images, or fewer than a batch.
     """
     _check(run, dataset, store)
-    ids = usable_ids(dataset, run.split, store, run.distilled)
+    specs = _specs(run, store, live)
+    check_reuse(run.phase.reuse, store, run.distilled)
+    cached = tuple(name for name in run.distilled if name not in live)
+    ids = usable_ids(dataset, run.split, store, cached)
     torch.manual_seed(run.runtime.seed)
-    description = _describe(run, store)
+    description = _describe(run, specs)
     student = description.build()
     random_parts = tuple(PARTS.values())
     if run.initialise_from is not None:
         random_parts = initialise_from(student, run.initialise_from)
-    identity = _identity(run, description, store, ids)
-    stream = TargetStream(_stream_spec(run, student, ids), dataset, store)
-    targets = CachedTargets(store, stream.levels, pick_device(run.runtime.device))
+    identity = _identity(run, description, store, specs, ids)
+    stream = TargetStream(_stream_spec(run, student, ids), dataset, store, live)
+    targets = _targets(run, store, stream, live)
     weights = {task.name: task.loss_weight for task in run.tasks}
     loop = Loop(student, run.phase, run.runtime, weights, targets)
     checkpoint = run.folder / CHECKPOINT
@@ -125,9 +141,7 @@ def train(
         checkpoint=checkpoint,
         identity=identity,
     )
-    save_student(
-        run.folder, student, description, {"store": store.digest(run.distilled), **identity}
-    )
+    save_student(run.folder, student, description, {"store": store.digest(cached), **identity})
     return _summary(run, student, log, pace, resumed_at, len(ids), random_parts)
 
 
@@ -141,11 +155,6 @@ def _check(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
         raise TrainingError(
             f"the data has no labels for {', '.join(missing)}; it has: {', '.join(known) or 'none'}"
         )
-    if absent := [name for name in run.teachers if name not in store.teachers]:
-        raise TrainingError(
-            f"the store has no finished features of {', '.join(absent)}; it has: "
-            f"{', '.join(store.teachers) or 'none'}. Run `sak extract-teachers {absent[0]}`"
-        )
     if tuple(store.views.image_size) != tuple(run.image_size):
         raise TrainingError(
             f"the store's views are {tuple(store.views.image_size)} (height, width), the run asks "
@@ -153,13 +162,27 @@ def _check(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
         )
 
 
-def _describe(run: TrainingRun, store: FeatureStore) -> StudentDescription:
+def _specs(
+    run: TrainingRun, store: FeatureStore, live: Mapping[str, LiveTeacher]
+) -> dict[str, TeacherSpec]:
+    """Return the levels and provenance of each teacher, as stored or of the live one."""
+    if run.phase.targets == "online":
+        return {name: live[name].spec for name in run.teachers}
+    if absent := [name for name in run.teachers if name not in store.teachers]:
+        raise TrainingError(
+            f"the store has no finished features of {', '.join(absent)}; it has: "
+            f"{', '.join(store.teachers) or 'none'}. Run `sak extract-teachers {absent[0]}`, or "
+            "set targets: online"
+        )
+    return {name: store.teachers[name] for name in run.teachers}
+
+
+def _describe(run: TrainingRun, specs: Mapping[str, TeacherSpec]) -> StudentDescription:
     return StudentDescription(
         student=run.student,
         image_size=run.image_size,
         teachers={
-            name: tuple(level.channels for level in store.teachers[name].levels)
-            for name in run.teachers
+            name: tuple(level.channels for level in specs[name].levels) for name in run.teachers
         },
         tasks=run.tasks,
         aligners=bool(run.distilled),
@@ -167,7 +190,11 @@ def _describe(run: TrainingRun, store: FeatureStore) -> StudentDescription:
 
 
 def _identity(
-    run: TrainingRun, description: StudentDescription, store: FeatureStore, ids: tuple[str, ...]
+    run: TrainingRun,
+    description: StudentDescription,
+    store: FeatureStore,
+    specs: Mapping[str, TeacherSpec],
+    ids: tuple[str, ...],
 ) -> dict[str, Any]:
     """Everything that decides the numbers of a run; a checkpoint is only resumed under the same."""
     origin = "" if run.initialise_from is None else _digest(run.initialise_from / WEIGHTS)
@@ -183,7 +210,7 @@ def _identity(
             "depth": run.depth,
             "trained_on": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
-        "features": {name: store.teachers[name].fingerprint() for name in run.distilled},
+        "features": {name: specs[name].fingerprint() for name in run.distilled},
     }
 
 
@@ -205,7 +232,20 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         cache_bytes=run.phase.cache_megabytes * MEGABYTE,
         resolution=run.phase.resolution,
         depth=run.depth,
+        reuse=run.phase.reuse,
     )
+
+
+def _targets(
+    run: TrainingRun,
+    store: FeatureStore,
+    stream: TargetStream,
+    live: Mapping[str, LiveTeacher],
+) -> TargetSource:
+    if run.phase.targets == "online":
+        return OnlineTargets(live, stream.levels)
+    cached = CachedTargets(store, stream.levels, pick_device(run.runtime.device))
+    return ReusedTargets(cached, run.phase.reuse) if run.phase.reuse.asked else cached
 
 
 def _summary(

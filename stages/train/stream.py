@@ -6,6 +6,7 @@ Shapes: `B` batch, `H W` image pixels, `h w` a teacher's grid, `C` its channels.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,9 +18,12 @@ from torch.utils.data import Dataset as TorchDataset
 
 from stages.data.dataset import Dataset
 from stages.data.images import read_image
-from stages.data.view import DepthRule, cut_view, view_image, whole
+from stages.data.view import DepthRule, View, cut_view, part_of, view_image, whole
 from stages.data.views import row_view
+from stages.train.config import ReuseConfig
 from stages.train.jitter import image_generator, jitter
+from stages.train.live import LiveTeacher
+from stages.train.reuse import draw_part, part_shares
 from stages.train.sampling import Draw, StepSampler, choose_view
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec
@@ -45,9 +49,13 @@ class Batch:
     labels: dict[str, Tensor]
     """Per task `B H W` (normals `B 3 H W`), in the dtype of the data set."""
     targets: dict[str, list[Tensor]]
-    """Per teacher, per level: `b h w K` as stored, see `stages.train.targets`."""
+    """Per teacher, per level: `b h w K` as stored, see `stages.train.targets`. Of a teacher that
+    runs live, instead of levels: its one input, `b ...` as it prepares it."""
     target_rows: dict[str, Tensor | None]
     """Per teacher: which images of the batch those are (`b`, int64); None: all of them."""
+    parts: Tensor | None = None
+    """Where stored grids are reused, the part of its view that an image shows, `B 5` float32:
+    mirrored (0 or 1), then top, left, height and width as shares of the view."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy everything to a device; the copy overlaps with computing where it can."""
@@ -70,6 +78,7 @@ class Batch:
                 name: rows if rows is None else change(rows)
                 for name, rows in self.target_rows.items()
             },
+            parts=None if self.parts is None else change(self.parts),
         )
 
 
@@ -88,6 +97,7 @@ class StreamSpec:
     cache_bytes: int
     resolution: Literal["finest"] | Grid = "finest"
     depth: DepthRule = "metric"
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +106,12 @@ class _Shown:
 
     image: Tensor
     labels: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    """Of the teachers that run live."""
 
     def bytes(self) -> int:
-        return self.image.nbytes + sum(label.nbytes for label in self.labels.values())
+        parts = (self.image, *self.labels.values(), *self.inputs.values())
+        return sum(part.nbytes for part in parts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,25 +120,35 @@ class _ViewCache:
 
     limit: int
     used: int = 0
-    views: dict[int, _Shown] = field(default_factory=dict)
-    """By row of the store."""
+    views: dict[tuple[int, View | None], _Shown] = field(default_factory=dict)
+    """By row of the store and part of it."""
 
-    def put(self, row: int, shown: _Shown) -> None:
+    def put(self, row: int, part: View | None, shown: _Shown) -> None:
         if self.used + shown.bytes() <= self.limit:
             self.used += shown.bytes()
-            self.views[row] = shown
+            self.views[row, part] = shown
 
 
 class TargetStream(TorchDataset[Batch]):
-    """Makes whole batches out of draws; only asked tasks, teachers and levels are read."""
+    """Makes whole batches out of draws; only asked tasks, teachers and levels are read.
 
-    def __init__(self, spec: StreamSpec, dataset: Dataset, store: FeatureStore) -> None:
+    Of the `live` teachers nothing is read: their inputs are made.
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        dataset: Dataset,
+        store: FeatureStore,
+        live: Mapping[str, LiveTeacher] = MappingProxyType({}),
+    ) -> None:
         self.spec = spec
         self._dataset, self._store = dataset.with_tasks(spec.tasks), store
+        self._prepare = {name: live[name].preprocess for name in spec.teachers if name in live}
         self.levels: dict[str, list[tuple[str, Grid]]] = {
             name: [
                 (level.name, _grid(name, level, spec.resolution))
-                for level in store.teachers[name].levels
+                for level in (live[name].spec if name in live else store.teachers[name]).levels
             ]
             for name in spec.teachers
         }
@@ -146,7 +169,11 @@ class TargetStream(TorchDataset[Batch]):
             for draw, image_id in zip(draws, ids, strict=True)
         )
         rows = [self._store.row(*pair) for pair in zip(ids, views, strict=True)]
-        shown = [self._shown(image_id, row) for image_id, row in zip(ids, rows, strict=True)]
+        parts = [
+            self._part(draw.epoch, image_id, row)
+            for draw, image_id, row in zip(draws, ids, rows, strict=True)
+        ]
+        shown = [self._shown(*which) for which in zip(ids, rows, parts, strict=True)]
         images = [
             self._prepared(one.image, draw.epoch, image_id)
             for one, draw, image_id in zip(shown, draws, ids, strict=True)
@@ -158,18 +185,39 @@ class TargetStream(TorchDataset[Batch]):
             labels={
                 task: torch.stack([one.labels[task] for one in shown]) for task in self.spec.tasks
             },
-            targets=self._targets(rows),
+            targets=self._targets(rows, shown),
             target_rows=dict.fromkeys(self.spec.teachers),
+            parts=self._shares(rows, parts),
         )
 
-    def _targets(self, rows: Sequence[int]) -> dict[str, list[Tensor]]:
+    def _targets(self, rows: Sequence[int], shown: Sequence[_Shown]) -> dict[str, list[Tensor]]:
         return {
-            name: [
+            name: [torch.stack([one.inputs[name] for one in shown])]
+            if name in self._prepare
+            else [
                 torch.from_numpy(self._store.read_codes(name, level, rows, grid))
                 for level, grid in levels
             ]
             for name, levels in self.levels.items()
         }
+
+    def _part(self, epoch: int, image_id: str, row: int) -> View | None:
+        if not self.spec.reuse.asked:
+            return None
+        return draw_part(self.spec.reuse, self._size(row), self.spec.seed, epoch, image_id)
+
+    def _shares(self, rows: Sequence[int], parts: Sequence[View | None]) -> Tensor | None:
+        shares = [
+            part_shares(part, self._size(row))
+            for row, part in zip(rows, parts, strict=True)
+            if part is not None
+        ]
+        return torch.tensor(shares) if shares else None
+
+    def _size(self, row: int) -> tuple[int, int]:
+        """Return the pixels of a row's view before any resizing (rows, columns)."""
+        _, _, height, width = self._store.views.boxes[row]
+        return int(height), int(width)
 
     def _prepared(self, image: Tensor, epoch: int, image_id: str) -> Tensor:
         pixels = image.float() / 255
@@ -177,15 +225,16 @@ class TargetStream(TorchDataset[Batch]):
             pixels = jitter(pixels, image_generator(self.spec.seed, epoch, image_id))
         return (pixels - self._mean) / self._std
 
-    def _shown(self, image_id: str, row: int) -> _Shown:
-        shown = self._cache.views.get(row)
+    def _shown(self, image_id: str, row: int, part: View | None) -> _Shown:
+        shown = self._cache.views.get((row, part))
         if shown is None:
-            shown = self._read(image_id, row)
-            self._cache.put(row, shown)
+            shown = self._read(image_id, row, part)
+            if self.spec.reuse.crop is None:  # else hardly any part comes twice
+                self._cache.put(row, part, shown)
         return shown
 
-    def _read(self, image_id: str, row: int) -> _Shown:
-        """Replay a row's view, so that the student sees what the teachers saw."""
+    def _read(self, image_id: str, row: int, part: View | None) -> _Shown:
+        """Replay a row's view, so that the student sees what the teachers saw, or a part of it."""
         size, views = self.spec.image_size, self._store.views
         path = self._dataset.path(image_id)
         file = read_image(path)
@@ -197,12 +246,16 @@ class TargetStream(TorchDataset[Batch]):
             )
         view = row_view(views, row)
         pixels = cut_view(file.pixels, view)
+        inputs = {name: make(pixels, whole(pixels)) for name, make in self._prepare.items()}
+        if part is not None:
+            pixels, view = cut_view(pixels, part), part_of(view, part)
         image = np.moveaxis(view_image(pixels, whole(pixels), size), -1, 0)
         asked = self.spec.tasks
         labels = self._dataset.labels(image_id, size, view, self.spec.depth) if asked else {}
         return _Shown(
             image=torch.from_numpy(np.array(image, order="C")),
             labels={task: _label_tensor(labels[task]) for task in self.spec.tasks},
+            inputs=inputs,
         )
 
 
