@@ -71,7 +71,7 @@ class PhaseConfig(_Config):
     steps: int = Field(ge=1)
     """Optimiser steps of the whole run; the schedule ends here."""
     batch_size: int = Field(default=16, ge=1)
-    """Images per step."""
+    """Images per step, of all processes together."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     learning_rate_start: float = Field(default=1.25e-7, ge=0)
@@ -97,6 +97,12 @@ class PhaseConfig(_Config):
     """`cached` reads features from the store; `online` runs the teachers live on the same views."""
     reuse: ReuseConfig = ReuseConfig()
     """Further changes of the stored views, for student and stored grids; off by default."""
+    shuffle_window: int = Field(default=16, ge=1)
+    """Shards of the store whose images are shuffled together: more mixes better, less lets a disk
+    read in sequence; as many as there are shards is a plain permutation."""
+    teachers_per_image: int | None = Field(default=None, ge=1)
+    """Teachers drawn for each image and epoch, whose targets alone are read; the loss is weighted
+    to have the same expectation. None asks all of them."""
     log_every: int = Field(default=20, ge=1)
     """Steps averaged in one row of `log.csv`."""
     checkpoint_every: int = Field(default=200, ge=1)

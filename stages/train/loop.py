@@ -20,6 +20,7 @@ from stages.train.schedule import learning_rate
 from stages.train.stream import Batch, TargetStream, batches
 from stages.train.student import Student
 from stages.train.targets import TargetSource
+from stages.train.transfer import on_device
 
 
 class NonFiniteLossError(ValueError):
@@ -78,7 +79,7 @@ class Loop:
         progress.start(label, self._phase.steps)
         progress.advance(self.state.step)
         whole, window = Pace(), Pace()
-        source = batches(
+        loaded = batches(
             stream,
             batch_size=self._phase.batch_size,
             start=self.state.step,
@@ -86,6 +87,7 @@ class Loop:
             workers=self._phase.workers,
             pin=self._device.type == "cuda",
         )
+        source = on_device(loaded, self._device)
         started = time.perf_counter()
         while self.state.step < self._phase.steps:
             batch = next(source)
@@ -111,7 +113,7 @@ class Loop:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, self._phase)
         state.optimizer.zero_grad(set_to_none=True)
-        terms = self._losses(batch.to(self._device))
+        terms = self._losses(batch)
         torch.autograd.backward(state.scaler.scale(terms["loss"]))
         values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
         self._check_finite(values, batch)

@@ -47,6 +47,8 @@ class OnlineTargets:
     @torch.no_grad()
     def _answer(self, name: str, inputs: Tensor) -> list[Tensor]:
         """Return each level at its grid, as tensors that a loss may keep for its gradient."""
+        if not len(inputs):  # no image asks this teacher: the loss looks at the length only
+            return [torch.empty(0, device=inputs.device) for _ in self._levels[name]]
         answer = self._teachers[name](inputs).levels
         averaged = [area_average(answer[level], grid) for level, grid in self._levels[name]]
         return [level.clone() if level.is_inference() else level for level in averaged]

@@ -233,6 +233,8 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         resolution=run.phase.resolution,
         depth=run.depth,
         reuse=run.phase.reuse,
+        window=run.phase.shuffle_window,
+        teachers_per_image=run.phase.teachers_per_image,
     )
 
 

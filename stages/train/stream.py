@@ -7,28 +7,35 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from stages.data.dataset import Dataset
-from stages.data.images import read_image
-from stages.data.view import DepthRule, View, cut_view, part_of, view_image, whole
-from stages.data.views import row_view
+from stages.data.view import DepthRule, View
 from stages.train.config import ReuseConfig
 from stages.train.jitter import image_generator, jitter
 from stages.train.live import LiveTeacher
+from stages.train.prefetch import load, load_by_processes
 from stages.train.reuse import draw_part, part_shares
-from stages.train.sampling import Draw, StepSampler, choose_view
+from stages.train.sampling import (
+    Draw,
+    Shuffle,
+    StepSampler,
+    ask_teachers,
+    check_teachers_per_image,
+    choose_view,
+)
+from stages.train.shown import Shown, ShownViews
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec
 
 MEGABYTE = 1 << 20
+
+_Item = TypeVar("_Item")
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +88,15 @@ class Batch:
             parts=None if self.parts is None else change(self.parts),
         )
 
+    def used_by(self, stream: Any) -> None:
+        """Tell the allocator that a CUDA stream uses these tensors, see `Tensor.record_stream`."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSpec:
@@ -97,36 +113,11 @@ class StreamSpec:
     cache_bytes: int
     resolution: Literal["finest"] | Grid = "finest"
     depth: DepthRule = "metric"
+    window: int = 16
+    """Shards that are shuffled together, see `Shuffle`."""
+    teachers_per_image: int | None = None
+    """Teachers drawn for each image and epoch; None: all of them."""
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shown:
-    """A view of an image and its labels, decoded and resized."""
-
-    image: Tensor
-    labels: Mapping[str, Tensor]
-    inputs: Mapping[str, Tensor]
-    """Of the teachers that run live."""
-
-    def bytes(self) -> int:
-        parts = (self.image, *self.labels.values(), *self.inputs.values())
-        return sum(part.nbytes for part in parts)
-
-
-@dataclass(slots=True, kw_only=True)
-class _ViewCache:
-    """Keeps the first views it is given, up to a limit; each loading process has its own."""
-
-    limit: int
-    used: int = 0
-    views: dict[tuple[int, View | None], _Shown] = field(default_factory=dict)
-    """By row of the store and part of it."""
-
-    def put(self, row: int, part: View | None, shown: _Shown) -> None:
-        if self.used + shown.bytes() <= self.limit:
-            self.used += shown.bytes()
-            self.views[row, part] = shown
 
 
 class TargetStream(TorchDataset[Batch]):
@@ -142,17 +133,30 @@ class TargetStream(TorchDataset[Batch]):
         store: FeatureStore,
         live: Mapping[str, LiveTeacher] = MappingProxyType({}),
     ) -> None:
+        check_teachers_per_image(spec.teachers_per_image, spec.teachers)
         self.spec = spec
-        self._dataset, self._store = dataset.with_tasks(spec.tasks), store
+        self._store = store
+        specs = {
+            name: live[name].spec if name in live else store.teachers[name]
+            for name in spec.teachers
+        }
         self._prepare = {name: live[name].preprocess for name in spec.teachers if name in live}
+        self._stored = [name for name in spec.teachers if store.teachers.get(name) == specs[name]]
         self.levels: dict[str, list[tuple[str, Grid]]] = {
             name: [
-                (level.name, _grid(name, level, spec.resolution))
-                for level in (live[name].spec if name in live else store.teachers[name]).levels
+                (level.name, _grid(name, level, spec.resolution)) for level in specs[name].levels
             ]
             for name in spec.teachers
         }
-        self._cache = _ViewCache(limit=spec.cache_bytes)
+        self._shown = ShownViews(
+            dataset=dataset.with_tasks(spec.tasks),
+            store=store,
+            size=spec.image_size,
+            tasks=spec.tasks,
+            depth=spec.depth,
+            limit=0 if spec.reuse.crop is not None else spec.cache_bytes,  # no part comes twice
+            prepare=self._prepare,
+        )
         self._mean = torch.tensor(spec.mean).view(3, 1, 1)
         self._std = torch.tensor(spec.std).view(3, 1, 1)
 
@@ -169,11 +173,14 @@ class TargetStream(TorchDataset[Batch]):
             for draw, image_id in zip(draws, ids, strict=True)
         )
         rows = [self._store.row(*pair) for pair in zip(ids, views, strict=True)]
+        asked = ask_teachers(
+            self.spec.seed, draws, ids, self.spec.teachers, self.spec.teachers_per_image
+        )
         parts = [
             self._part(draw.epoch, image_id, row)
             for draw, image_id, row in zip(draws, ids, rows, strict=True)
         ]
-        shown = [self._shown(*which) for which in zip(ids, rows, parts, strict=True)]
+        shown = [self._shown.get(*which) for which in zip(ids, rows, parts, strict=True)]
         images = [
             self._prepared(one.image, draw.epoch, image_id)
             for one, draw, image_id in zip(shown, draws, ids, strict=True)
@@ -185,19 +192,35 @@ class TargetStream(TorchDataset[Batch]):
             labels={
                 task: torch.stack([one.labels[task] for one in shown]) for task in self.spec.tasks
             },
-            targets=self._targets(rows, shown),
-            target_rows=dict.fromkeys(self.spec.teachers),
+            targets=self._targets(rows, shown, asked),
+            target_rows={
+                name: None if places is None else torch.tensor(places, dtype=torch.int64)
+                for name, places in asked.items()
+            },
             parts=self._shares(rows, parts),
         )
 
-    def _targets(self, rows: Sequence[int], shown: Sequence[_Shown]) -> dict[str, list[Tensor]]:
+    def shuffle(self) -> Shuffle:
+        """Return the order of the images, which follows the shards of the targets that are read."""
+        views = self._store.views.views_per_image
+        arrays = [
+            self._store.array(name, *level) for name in self._stored for level in self.levels[name]
+        ]
+        rows = max((array.chunk[0] for array in arrays), default=self._store.rows)
+        shards = [self._store.row(image_id) // max(rows, views) for image_id in self.spec.ids]
+        numbers = np.unique(shards, return_inverse=True)[1]
+        return Shuffle(shards=numbers, window=self.spec.window, seed=self.spec.seed)
+
+    def _targets(
+        self,
+        rows: Sequence[int],
+        shown: Sequence[Shown],
+        asked: Mapping[str, list[int] | None],
+    ) -> dict[str, list[Tensor]]:
         return {
-            name: [torch.stack([one.inputs[name] for one in shown])]
+            name: [_stacked([one.inputs[name] for one in _chosen(shown, asked[name])])]
             if name in self._prepare
-            else [
-                torch.from_numpy(self._store.read_codes(name, level, rows, grid))
-                for level, grid in levels
-            ]
+            else [self._codes(name, *level, _chosen(rows, asked[name])) for level in levels]
             for name, levels in self.levels.items()
         }
 
@@ -219,44 +242,23 @@ class TargetStream(TorchDataset[Batch]):
         _, _, height, width = self._store.views.boxes[row]
         return int(height), int(width)
 
+    def _codes(self, teacher: str, level: str, grid: Grid, rows: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._store.read_codes(teacher, level, rows, grid))
+
     def _prepared(self, image: Tensor, epoch: int, image_id: str) -> Tensor:
         pixels = image.float() / 255
         if self.spec.jitter:
             pixels = jitter(pixels, image_generator(self.spec.seed, epoch, image_id))
         return (pixels - self._mean) / self._std
 
-    def _shown(self, image_id: str, row: int, part: View | None) -> _Shown:
-        shown = self._cache.views.get((row, part))
-        if shown is None:
-            shown = self._read(image_id, row, part)
-            if self.spec.reuse.crop is None:  # else hardly any part comes twice
-                self._cache.put(row, part, shown)
-        return shown
 
-    def _read(self, image_id: str, row: int, part: View | None) -> _Shown:
-        """Replay a row's view, so that the student sees what the teachers saw, or a part of it."""
-        size, views = self.spec.image_size, self._store.views
-        path = self._dataset.path(image_id)
-        file = read_image(path)
-        if file.sha256 != self._store.images.sha256[row // views.views_per_image]:
-            raise StreamError(
-                f"image '{image_id}' ({path}) is not the one that the store was made from: its "
-                "content has changed since `sak index`. Restore the file, or index and extract "
-                "into another store"
-            )
-        view = row_view(views, row)
-        pixels = cut_view(file.pixels, view)
-        inputs = {name: make(pixels, whole(pixels)) for name, make in self._prepare.items()}
-        if part is not None:
-            pixels, view = cut_view(pixels, part), part_of(view, part)
-        image = np.moveaxis(view_image(pixels, whole(pixels), size), -1, 0)
-        asked = self.spec.tasks
-        labels = self._dataset.labels(image_id, size, view, self.spec.depth) if asked else {}
-        return _Shown(
-            image=torch.from_numpy(np.array(image, order="C")),
-            labels={task: _label_tensor(labels[task]) for task in self.spec.tasks},
-            inputs=inputs,
-        )
+def _chosen(items: Sequence[_Item], places: Sequence[int] | None) -> Sequence[_Item]:
+    return items if places is None else [items[place] for place in places]
+
+
+def _stacked(inputs: Sequence[Tensor]) -> Tensor:
+    """Stack inputs of one teacher; there may be no image that asks it."""
+    return torch.stack(list(inputs)) if inputs else torch.empty(0)
 
 
 def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) -> Grid:
@@ -271,12 +273,6 @@ def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) 
         f"resolution: {list(resolution)}; choose a stored one, or add it to the teacher's "
         "`resolutions` and extract again"
     )
-
-
-def _label_tensor(label: npt.NDArray[Any]) -> Tensor:
-    """Move the channels of an `H W 3` label to the front."""
-    channels_first = np.moveaxis(label, -1, 0) if label.ndim == 3 else label
-    return torch.from_numpy(np.ascontiguousarray(channels_first))
 
 
 def usable_ids(
@@ -305,23 +301,26 @@ def usable_ids(
 
 
 def batches(
-    stream: TargetStream, *, batch_size: int, start: int, stop: int, workers: int, pin: bool
+    stream: TargetStream,
+    *,
+    batch_size: int,
+    start: int,
+    stop: int,
+    workers: int,
+    pin: bool,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """Iterate over the batches of steps `start` (inclusive) to `stop` (exclusive)."""
+    """Iterate over a rank's batches of steps `start` (inclusive) to `stop` (exclusive).
+
+    `batch_size` counts the images of all ranks together, see `StepSampler`.
+
+    Raises:
+        BatchSizeError: fewer images than a batch, or no whole number of images per rank.
+    """
     sampler = StepSampler(
-        images=len(stream), batch_size=batch_size, seed=stream.spec.seed, start=start, stop=stop
+        stream.shuffle(), batch_size=batch_size, start=start, stop=stop, rank=rank, world=world
     )
-    loader = DataLoader(
-        stream,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=pin,
-        multiprocessing_context="spawn" if workers else None,
-        generator=torch.Generator(),  # else the loader draws from the global one, unlike a resume
+    return (
+        load_by_processes(stream, sampler, workers, pin) if workers else load(stream, sampler, pin)
     )
-    return iter(loader)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -1,7 +1,6 @@
-"""Learning rates, the order of images, jitter and the settings, all pure functions."""
+"""Learning rates, jitter and the settings, all pure functions."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from pydantic import ValidationError
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
 from stages.train.device import DeviceError, pick_device
 from stages.train.jitter import image_generator, jitter
-from stages.train.sampling import BatchSizeError, Draw, StepSampler
 from stages.train.schedule import learning_rate
 
 
@@ -33,33 +31,6 @@ def test_polynomial_decays_with_power_nine_tenths() -> None:
     assert learning_rate(0, settings) == pytest.approx(1e-3)
     assert learning_rate(50, settings) == pytest.approx(1e-3 * 0.5**0.9)
     assert learning_rate(99, settings) == pytest.approx(1e-3 * 0.01**0.9)
-
-
-def draws(start: int, stop: int, seed: int = 7) -> list[list[Draw]]:
-    return list(StepSampler(images=10, batch_size=3, seed=seed, start=start, stop=stop))
-
-
-def test_every_epoch_is_a_new_permutation_without_the_remainder() -> None:
-    batches = draws(0, 6)
-    for epoch in range(2):
-        seen = [draw for batch in batches[3 * epoch : 3 * epoch + 3] for draw in batch]
-        assert {draw.epoch for draw in seen} == {epoch}
-        assert max(Counter(draw.index for draw in seen).values()) == 1
-        assert len(seen) == 9
-    orders = [[draw.index for batch in batches[k : k + 3] for draw in batch] for k in (0, 3)]
-    assert orders[0] != orders[1]
-
-
-def test_the_order_follows_from_seed_and_step_alone() -> None:
-    whole = draws(0, 8)
-    assert draws(4, 8) == whole[4:]
-    assert draws(0, 8, seed=8) != whole
-    assert len(StepSampler(images=10, batch_size=3, seed=7, start=4, stop=8)) == 4
-
-
-def test_a_batch_that_cannot_be_filled_is_refused() -> None:
-    with pytest.raises(BatchSizeError, match="set it to at most 10"):
-        StepSampler(images=10, batch_size=11, seed=0, start=0, stop=1)
 
 
 def test_jitter_depends_on_seed_epoch_and_image_only() -> None:
