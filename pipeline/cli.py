@@ -142,15 +142,23 @@ def extract_teachers(
     console.show("extracted teachers", result, as_json)
 
 
-@app.command("train-student", epilog="Example: sak train-student distill")
+@app.command(
+    "train-student",
+    epilog="Example: sak train-student distill; on 4 GPUs: torchrun --nproc-per-node 4 --no-python "
+    "sak train-student distill",
+)
 def train_student(
     phase: Annotated[
         str, typer.Argument(help="distill, multitask, baseline (no distillation) or single-task.")
     ],
     task: Annotated[str | None, typer.Option(help="The task of a single-task run.")] = None,
     restart: Annotated[
-        bool, typer.Option(help="Delete a checkpoint of other settings and begin anew.")
+        bool, typer.Option(help="Delete checkpoints of other settings and begin anew.")
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Only compute this saved step again (not-finite-*.pt) and show it."),
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -158,9 +166,14 @@ def train_student(
     from pipeline import training
     from pipeline.params import load_params
 
+    if replay is not None:
+        terms = training.replay_step(load_params(params), phase, task, replay)
+        console.show(f"not trained, computed again: {replay.name}", two_columns(terms), as_json)
+        return
     with console.progress_bar(not as_json) as bar:
         result = training.train_student(load_params(params), phase, task, restart, bar)
-    console.show(f"trained: {phase}", two_columns(dataclasses.asdict(result)), as_json)
+    if result is not None:
+        console.show(f"trained: {phase}", two_columns(dataclasses.asdict(result)), as_json)
 
 
 @app.command(epilog="Example: sak evaluate --json")

@@ -1,21 +1,27 @@
 """`sak train-student`: stage two, one run of one phase."""
 
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from pipeline.errors import StepError
 from pipeline.indexing import require_views
 from pipeline.params import Params
-from stages.data.dataset import open_dataset
+from stages.data.dataset import Dataset, open_dataset
 from stages.data.tasks import Task
 from stages.extract.provenance import foreseen_provenance
 from stages.extract.teachers import load_teacher
 from stages.progress import Progress
+from stages.stopping import stop_on_sigterm
 from stages.train.checkpoint import CheckpointError
-from stages.train.device import pick_device
+from stages.train.distributed import Ranks, joined_ranks
+from stages.train.identity import TrainingRun
 from stages.train.live import LiveTeacher
-from stages.train.run import TrainingRun, TrainSummary, train
+from stages.train.replay import replay
+from stages.train.run import TrainSummary, train
 from store.errors import difference
-from store.files import FolderLock
+from store.files import FolderLock, remove_tree
 from store.reader import FeatureStore
 
 PHASES = ("distill", "multitask", "baseline", "single-task")
@@ -23,27 +29,53 @@ PHASES = ("distill", "multitask", "baseline", "single-task")
 
 def train_student(
     params: Params, phase: str, task: str | None, restart: bool, progress: Progress
-) -> TrainSummary:
-    """Train one run; `restart` replaces a checkpoint of other settings instead of refusing it."""
+) -> TrainSummary | None:
+    """Train one run; `restart` replaces checkpoints of other settings instead of refusing them.
+
+    Started by torchrun, each process calls this; the others than the first return None.
+    """
+    run, dataset, store = _opened(params, phase, task)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with stop_on_sigterm() as stop, joined_ranks(params.runtime.device) as ranks:
+        lock = FolderLock(run.folder) if ranks.first else None
+        try:
+            with stop.deferred():
+                try:
+                    summary = train(run, dataset, store, progress, ranks, stop)
+                except CheckpointError:
+                    if not restart:
+                        raise
+                    _empty(run.folder, ranks)
+                    summary = train(run, dataset, store, progress, ranks, stop)
+        finally:
+            if lock is not None:
+                lock.release()
+    return summary if ranks.first else None
+
+
+def replay_step(params: Params, phase: str, task: str | None, file: Path) -> dict[str, float]:
+    """Compute a step again that was refused, and return each of its terms."""
+    return replay(*_opened(params, phase, task), file)
+
+
+def _opened(
+    params: Params, phase: str, task: str | None
+) -> tuple[TrainingRun, Dataset, FeatureStore]:
     dataset = open_dataset(params.data).with_tasks(params.tasks)
     run = _training_run(params, phase, task, dataset.tasks)
     require_views(params)
     store = FeatureStore(params.store)
-    live = _live_teachers(params, run)
-    if not live:
+    if run.phase.targets == "cached":
         _require_asked_teachers(params, run, store)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(run.folder)
-    try:
-        return train(run, dataset, store, progress, live)
-    except CheckpointError:
-        if not restart:
-            raise
-        for file in run.folder.iterdir():
-            file.unlink()
-        return train(run, dataset, store, progress, live)
-    finally:
-        lock.release()
+    return run, dataset, store
+
+
+def _empty(folder: Path, ranks: Ranks) -> None:
+    ranks.wait()  # every process has read the checkpoints and refused them
+    if ranks.first:
+        for path in folder.iterdir():
+            remove_tree(path) if path.is_dir() else path.unlink()
+    ranks.wait()
 
 
 def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
@@ -51,14 +83,10 @@ def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
     return params.runs / (f"single-{task}" if phase == "single-task" else phase)
 
 
-def _live_teachers(params: Params, run: TrainingRun) -> dict[str, LiveTeacher]:
-    """Load the run's teachers where they are to run live; else none is in memory."""
-    if run.phase.targets == "cached":
-        return {}
-    device = pick_device(params.runtime.device)
+def _load_teachers(params: Params, device: torch.device) -> dict[str, LiveTeacher]:
     return {
-        name: load_teacher(name, params.teachers[name], params.image_size, device)
-        for name in run.teachers
+        name: load_teacher(name, config, params.image_size, device)
+        for name, config in params.teachers.items()
     }
 
 
@@ -103,6 +131,7 @@ def _training_run(
         tasks=tuple(entry for entry in tasks if phase != "distill" and task in (None, entry.name)),
         phase=settings,
         runtime=params.runtime,
+        load_teachers=partial(_load_teachers, params),
         depth=params.views.depth,
         initialise_from=run_folder(params, "distill") if phase == "multitask" else None,
     )

@@ -1,22 +1,30 @@
-"""Checkpoints: everything a killed run needs to go on as if nothing had happened."""
+"""Checkpoints: everything a killed run needs to go on as if nothing had happened.
+
+Random numbers need no place in them: those of a step follow from seed, step and process.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from stages.train.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint belongs to another run or cannot be read."""
+    """A checkpoint belongs to another run."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint cannot be read."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,13 +35,17 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int
-    """Steps done; the schedule and the order of images follow from it."""
+    """Steps done; the schedule, the order of images and all random numbers follow from it."""
     window: dict[str, float]
     """Sums of the losses since the last row of the log."""
+    average: AveragedModel | None = None
+    """Moving average of the student."""
+    best: tuple[float, int] | None = None
+    """Lowest value of the column that `keep_best` names, and the step of its checkpoint."""
 
 
 def save_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    """Write model, optimiser, scaler, random states and step, with the run's identity."""
+    """Write model, average, optimiser, scaler and step, with the run's identity."""
     payload = {
         "format": FORMAT,
         "identity": flatten(identity),
@@ -42,17 +54,19 @@ def save_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "window": state.window,
-        "random": _random_states(),
+        "average": None if state.average is None else state.average.state_dict(),
+        "best": state.best,
     }
     write_atomically(path, lambda temporary: torch.save(payload, temporary))
 
 
 def load_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
-    """Bring `state` and the random generators to where a checkpoint was written.
+    """Bring `state` to where a checkpoint was written.
 
     Raises:
-        CheckpointError: not a checkpoint of ours, or of another student, setting or store; the
-            message lists each difference.
+        CheckpointError: it is of another student, setting or store; the message lists each
+            difference.
+        DamagedCheckpointError: it is not a checkpoint of ours, or a checksum does not match.
     """
     payload = _read(path)
     if lines := differences(payload["identity"], flatten(identity)):
@@ -67,7 +81,9 @@ def load_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any
     state.step = payload["step"]
     state.window.clear()
     state.window.update(payload["window"])
-    _restore_random_states(payload["random"])
+    state.best = None if payload["best"] is None else tuple(payload["best"])
+    if state.average is not None:
+        state.average.load_state_dict(payload["average"])
 
 
 def flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -92,30 +108,15 @@ def differences(saved: Mapping[str, str], asked: Mapping[str, str]) -> list[str]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    advice = f"delete {path} to start again"
+    advice = f"delete {path}"
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read, it is damaged; {advice}") from error
+        with ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            damaged = archive.testzip()
+        payload = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except (BadZipFile, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read, it is damaged; {advice}") from error
+    if damaged:
+        raise DamagedCheckpointError(f"{path} is damaged (wrong checksum); {advice}")
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}; {advice}")
     return payload
-
-
-def _random_states() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    assert isinstance(keys, np.ndarray)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-    }
-
-
-def _restore_random_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    name, keys, *rest = states["numpy"]
-    assert isinstance(keys, Tensor)
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

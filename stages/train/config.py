@@ -71,7 +71,11 @@ class PhaseConfig(_Config):
     steps: int = Field(ge=1)
     """Optimiser steps of the whole run; the schedule ends here."""
     batch_size: int = Field(default=16, ge=1)
-    """Images per step, of all processes together."""
+    """Images per step, over all processes."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts that each process's share of a step is computed in, one after the other, to save
+    memory. The gradient is the mean of the parts'; means over labelled pixels and batch
+    normalisation see a part at a time."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     learning_rate_start: float = Field(default=1.25e-7, ge=0)
@@ -86,6 +90,13 @@ class PhaseConfig(_Config):
     """Steps of linear warm-up."""
     gradient_clip: float | None = Field(default=None, gt=0)
     """Largest allowed norm of the gradient; none means no clipping."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights, e.g. 0.999, and save it as the student."""
+    trainable: Literal["all", "frozen-stem", "lora-stem", "routers"] = "all"
+    """What learns: everything; all but the stem; all but the stem, which gets low-rank changes;
+    or routers and heads alone."""
+    lora_rank: int = Field(default=8, ge=1)
+    """Rank of the stem's changes with `trainable: lora-stem`; merged into the saved student."""
     alpha: float = Field(default=1.0, ge=0)
     """Weight of the distillation loss; 0 trains without teachers' features."""
     jitter: bool = True
@@ -107,6 +118,10 @@ class PhaseConfig(_Config):
     """Steps averaged in one row of `log.csv`."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints; the last step always writes one."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept; a damaged one is replaced by the one before."""
+    keep_best: str | None = None
+    """Also keep the checkpoint with the lowest value in this column of `log.csv`, e.g. `loss`."""
     workers: int = Field(default=0, ge=0)
     """Processes that load data; 0 loads in the training process."""
     cache_megabytes: int = Field(default=1024, ge=0)
@@ -121,6 +136,14 @@ class PhaseConfig(_Config):
             )
         return self
 
+    @field_validator("accumulate")
+    @classmethod
+    def _equal_parts(cls, value: int, info: Any) -> int:
+        whole = info.data.get("batch_size", 0)
+        if whole % value:
+            raise ValueError(f"expected a divisor of batch_size {whole}")
+        return value
+
 
 class RuntimeConfig(_Config):
     """Where and how to compute."""
@@ -131,3 +154,10 @@ class RuntimeConfig(_Config):
     """Number format of the forward pass; weights and losses stay float32."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of weights, order of images, jitter and router noise."""
+    compile: bool = False
+    """Let `torch.compile` make the student faster; its first step takes minutes."""
+    activation_checkpointing: bool = False
+    """Compute the stem's blocks a second time in the backward pass instead of keeping what they
+    made: less memory, about a third more time, the same gradients."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
+    """Where the rows of `log.csv` also go; each is an optional extra of this package."""

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from stages.data.view import Box
@@ -44,3 +45,7 @@ class LiveTeacher(Protocol):
     def __call__(self, images: Tensor) -> LiveFeatures:
         """Return the levels of a stack of inputs."""
         ...
+
+
+LoadTeachers = Callable[[torch.device], Mapping[str, LiveTeacher]]
+"""Loads teachers, by name, to the device of the process that trains."""

@@ -2,24 +2,30 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages.train.files import write_atomically
+from stages.train.trackers import Tracker
 
 
 class TrainingLog:
     """Appends rows to a CSV file whose columns are fixed by its first row.
 
-    Opening it at a step drops the rows of later steps, and a row cut short by a crash.
+    Opening it at a step drops the rows of later steps, and a row cut short by a crash. Rows go to
+    the trackers as well.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
-        rows = _rows_until(path, resumed_step)
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        write_atomically(path, lambda temporary: _write_text(temporary, text.getvalue()))
+    def __init__(
+        self, path: Path | None, resumed_step: int, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        """Open the log at a step; without a path it only remembers its newest row."""
+        self._path, self._trackers = path, tuple(trackers)
+        rows = [] if path is None else _rows_until(path, resumed_step)
+        if path is not None:
+            text = io.StringIO()
+            csv.writer(text).writerows(rows)
+            write_atomically(path, lambda temporary: _write_text(temporary, text.getvalue()))
         self._columns = rows[0] if rows else []
         self.last: dict[str, float] = {}
         """The newest row; empty before the first."""
@@ -28,12 +34,15 @@ class TrainingLog:
 
     def append(self, row: Mapping[str, float]) -> None:
         """Write one row; the first one decides the columns."""
-        with self._path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if not self._columns:
-                self._columns = list(row)
-                writer.writerow(self._columns)
-            writer.writerow([f"{row[column]:.9g}" for column in self._columns])
+        self._columns = self._columns or list(row)
+        if self._path is not None:
+            with self._path.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if file.tell() == 0:
+                    writer.writerow(self._columns)
+                writer.writerow([f"{row[column]:.9g}" for column in self._columns])
+        for tracker in self._trackers:
+            tracker(row)
         self.last = dict(row)
 
 

@@ -4,69 +4,38 @@
 was killed goes on from its checkpoint when it is started again with the same settings.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from stages.data.dataset import Dataset
-from stages.data.tasks import Task
-from stages.data.view import DepthRule
 from stages.progress import NoProgress, Progress
-from stages.train.checkpoint import load_checkpoint
-from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
-from stages.train.device import peak_memory_megabytes, pick_device
+from stages.stopping import Stop
+from stages.train.average import finished_student
+from stages.train.device import peak_memory_megabytes
+from stages.train.distributed import ALONE, Ranks
+from stages.train.identity import TrainingRun, describe, identity_of
+from stages.train.keeping import Checkpoints
 from stages.train.live import LiveTeacher
 from stages.train.log import TrainingLog
-from stages.train.loop import Loop, Pace
+from stages.train.loop import Loop, Outlets, Pace
 from stages.train.online import OnlineTargets
 from stages.train.regrid import ReusedTargets, check_reuse
-from stages.train.saving import WEIGHTS, StudentDescription, initialise_from, save_student
+from stages.train.saving import StudentDescription, initialise_from, save_student
 from stages.train.stream import MEGABYTE, StreamSpec, TargetStream, usable_ids
 from stages.train.student import PARTS, Student
 from stages.train.targets import CachedTargets, TargetSource
+from stages.train.trackers import opened_trackers
 from store.reader import FeatureStore
 from store.spec import TeacherSpec
 
-CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
-FREE_TO_CHANGE = {"workers", "log_every", "checkpoint_every", "cache_megabytes"}
-"""Settings that may differ between a run and its resumption."""
 
 
 class TrainingError(ValueError):
     """The run has nothing to learn from, or not what it asks for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingRun:
-    """What to train and where to put it."""
-
-    folder: Path
-    """Receives the checkpoint, the log and at the end the student."""
-    image_size: tuple[int, int]
-    """Height and width of every view, as in the store."""
-    student: StudentConfig
-    teachers: tuple[str, ...]
-    """Teachers with a path; their features are read only where `phase.alpha` is above 0."""
-    tasks: tuple[Task, ...]
-    """Tasks with a head; empty in the distillation phase."""
-    phase: PhaseConfig
-    runtime: RuntimeConfig
-    split: str = "train"
-    depth: DepthRule = "metric"
-    """What depth labels of enlarged views say, see `stages.data.view.replay_label`."""
-    initialise_from: Path | None = None
-    """Folder of a finished run whose stem, paths, norms and aligners are taken over."""
-
-    @property
-    def distilled(self) -> tuple[str, ...]:
-        """Teachers whose stored features enter the loss."""
-        return self.teachers if self.phase.alpha > 0 else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +53,7 @@ class TrainSummary:
     data_wait: float
     """Share of the time spent waiting for batches, 0 to 1."""
     losses: dict[str, float]
-    """Last row of the log without its speed columns."""
+    """Last row of the log, without speed and single levels."""
     parameters: dict[str, int]
     """Number of parameters per part of the student."""
     random_parts: tuple[str, ...]
@@ -97,52 +66,100 @@ def train(
     dataset: Dataset,
     store: FeatureStore,
     progress: Progress | None = None,
-    live: Mapping[str, LiveTeacher] = MappingProxyType({}),
+    ranks: Ranks = ALONE,
+    stop: Stop | None = None,
 ) -> TrainSummary:
     """Train a student, or go on where a killed run of the same settings stopped.
 
-    `live` are the run's teachers where `phase.targets` is `online`; the store then says which
-    images there are and what their views are, and needs no features.
+    With several `ranks` each process calls this; the first one writes log, checkpoints, student.
 
     Raises:
         TrainingError: neither tasks nor teachers to learn from, a task without labels, a teacher
             or image size that the store does not have.
-        NonFiniteLossError: the loss is not a number any more; the message names the images.
-        CheckpointError: the folder holds the checkpoint of another run.
+        NonFiniteLossError: loss or gradient is not a number any more; the message names the images.
+        OutOfMemoryError: a step does not fit into memory.
+        CheckpointError: the folder holds the checkpoints of another run.
         StudentError: the student does not fit its teachers, image size or starting weights.
         StreamError, BatchSizeError: no usable images, or fewer than a batch.
+        RanksError, DeviceError: the processes cannot share a batch, or the GPUs.
+        TrackerError: a tracker is not installed.
+        Terminated: `stop` asked for the end; a checkpoint is written.
     """
+    made = prepare(run, dataset, store, ranks)
+    checkpoints = Checkpoints(
+        folder=run.folder,
+        identity=made.identity,
+        keep_last=run.phase.keep_last,
+        keep_best=run.phase.keep_best,
+    )
+    checkpoints.resume(made.loop.state)
+    resumed_at = made.loop.state.step
+    ranks.wait()  # nobody reads checkpoints any more when the first process begins to write
+    if ranks.first:
+        checkpoints.clean()
+    with opened_trackers(run.runtime.trackers if ranks.first else (), run.folder) as trackers:
+        log = TrainingLog(run.folder / LOG if ranks.first else None, resumed_at, trackers)
+        outlets = Outlets(
+            log=log,
+            progress=progress if progress and ranks.first else NoProgress(),
+            checkpoints=checkpoints,
+            stop=stop or Stop(),
+        )
+        pace = made.loop.execute(made.stream, outlets)
+    if ranks.first:
+        student, held = finished_student(made.loop.state)
+        origin = {"store": store.digest(made.cached), "weights": held, **made.identity}
+        save_student(run.folder, student, made.description, origin)
+    ranks.wait()
+    return _summary(run, made, log, pace, resumed_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run before its first step."""
+
+    description: StudentDescription
+    parameters: dict[str, int]
+    random_parts: tuple[str, ...]
+    images: int
+    cached: tuple[str, ...]
+    """Teachers whose features are read from the store."""
+    identity: dict[str, Any]
+    stream: TargetStream
+    loop: Loop
+
+
+def prepare(
+    run: TrainingRun, dataset: Dataset, store: FeatureStore, ranks: Ranks = ALONE
+) -> Prepared:
+    """Check a run and build its student, stream and loop; see `train` for what is raised."""
     _check(run, dataset, store)
+    device = ranks.device(run.runtime.device)
+    live = _live(run, device)
     specs = _specs(run, store, live)
     check_reuse(run.phase.reuse, store, run.distilled)
-    cached = tuple(name for name in run.distilled if name not in live)
+    cached = () if live else run.distilled
     ids = usable_ids(dataset, run.split, store, cached)
     torch.manual_seed(run.runtime.seed)
-    description = _describe(run, specs)
+    description = describe(run, specs)
     student = description.build()
+    parameters = student.parameter_counts()
     random_parts = tuple(PARTS.values())
     if run.initialise_from is not None:
         random_parts = initialise_from(student, run.initialise_from)
-    identity = _identity(run, description, store, specs, ids)
     stream = TargetStream(_stream_spec(run, student, ids), dataset, store, live)
-    targets = _targets(run, store, stream, live)
+    targets = _targets(run, store, stream, live, device)
     weights = {task.name: task.loss_weight for task in run.tasks}
-    loop = Loop(student, run.phase, run.runtime, weights, targets)
-    checkpoint = run.folder / CHECKPOINT
-    if checkpoint.is_file():
-        load_checkpoint(checkpoint, loop.state, identity)
-    resumed_at = loop.state.step
-    log = TrainingLog(run.folder / LOG, resumed_at)
-    pace = loop.execute(
-        stream,
-        log,
-        progress or NoProgress(),
-        label=run.folder.name,
-        checkpoint=checkpoint,
-        identity=identity,
+    return Prepared(
+        description=description,
+        parameters=parameters,
+        random_parts=random_parts,
+        images=len(ids),
+        cached=cached,
+        identity=identity_of(run, description, store, specs, ids),
+        stream=stream,
+        loop=Loop(student, run.phase, run.runtime, weights, targets, ranks),
     )
-    save_student(run.folder, student, description, {"store": store.digest(cached), **identity})
-    return _summary(run, student, log, pace, resumed_at, len(ids), random_parts)
 
 
 def _check(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
@@ -162,6 +179,14 @@ def _check(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
         )
 
 
+def _live(run: TrainingRun, device: torch.device) -> Mapping[str, LiveTeacher]:
+    """Load the teachers of a run that has them live; else none is in memory."""
+    if run.phase.targets == "cached" or not run.teachers:
+        return {}
+    assert run.load_teachers is not None
+    return run.load_teachers(device)
+
+
 def _specs(
     run: TrainingRun, store: FeatureStore, live: Mapping[str, LiveTeacher]
 ) -> dict[str, TeacherSpec]:
@@ -177,46 +202,17 @@ def _specs(
     return {name: store.teachers[name] for name in run.teachers}
 
 
-def _describe(run: TrainingRun, specs: Mapping[str, TeacherSpec]) -> StudentDescription:
-    return StudentDescription(
-        student=run.student,
-        image_size=run.image_size,
-        teachers={
-            name: tuple(level.channels for level in specs[name].levels) for name in run.teachers
-        },
-        tasks=run.tasks,
-        aligners=bool(run.distilled),
-    )
-
-
-def _identity(
+def _targets(
     run: TrainingRun,
-    description: StudentDescription,
     store: FeatureStore,
-    specs: Mapping[str, TeacherSpec],
-    ids: tuple[str, ...],
-) -> dict[str, Any]:
-    """Everything that decides the numbers of a run; a checkpoint is only resumed under the same."""
-    origin = "" if run.initialise_from is None else _digest(run.initialise_from / WEIGHTS)
-    return {
-        "build": description.to_json(),
-        "phase": run.phase.model_dump(mode="json", exclude=FREE_TO_CHANGE),
-        "precision": run.runtime.precision,
-        "seed": run.runtime.seed,
-        "initialise_from_sha256": origin,
-        "images": {
-            "set": store.images.digest(),
-            "views": store.views.digest(),
-            "depth": run.depth,
-            "trained_on": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        },
-        "features": {name: specs[name].fingerprint() for name in run.distilled},
-    }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    stream: TargetStream,
+    live: Mapping[str, LiveTeacher],
+    device: torch.device,
+) -> TargetSource:
+    if run.phase.targets == "online":
+        return OnlineTargets(live, stream.levels)
+    cached = CachedTargets(store, stream.levels, device)
+    return ReusedTargets(cached, run.phase.reuse) if run.phase.reuse.asked else cached
 
 
 def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> StreamSpec:
@@ -232,45 +228,29 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         cache_bytes=run.phase.cache_megabytes * MEGABYTE,
         resolution=run.phase.resolution,
         depth=run.depth,
-        reuse=run.phase.reuse,
         window=run.phase.shuffle_window,
         teachers_per_image=run.phase.teachers_per_image,
+        reuse=run.phase.reuse,
     )
 
 
-def _targets(
-    run: TrainingRun,
-    store: FeatureStore,
-    stream: TargetStream,
-    live: Mapping[str, LiveTeacher],
-) -> TargetSource:
-    if run.phase.targets == "online":
-        return OnlineTargets(live, stream.levels)
-    cached = CachedTargets(store, stream.levels, pick_device(run.runtime.device))
-    return ReusedTargets(cached, run.phase.reuse) if run.phase.reuse.asked else cached
-
-
 def _summary(
-    run: TrainingRun,
-    student: Student,
-    log: TrainingLog,
-    pace: Pace,
-    resumed_at: int,
-    images: int,
-    random_parts: tuple[str, ...],
+    run: TrainingRun, made: Prepared, log: TrainingLog, pace: Pace, resumed_at: int
 ) -> TrainSummary:
     trained = (run.phase.steps - resumed_at) * run.phase.batch_size
     return TrainSummary(
         steps=run.phase.steps,
         resumed_at=resumed_at,
-        images=images,
+        images=made.images,
         seconds=pace.seconds,
         images_per_second=trained / pace.seconds if pace.seconds else 0.0,
         data_wait=pace.waited / pace.seconds if pace.seconds else 0.0,
         losses={
-            name: value for name, value in log.last.items() if "loss" in name or "distill" in name
+            name: value
+            for name, value in log.last.items()
+            if ("loss" in name or "distill" in name) and "." not in name
         },
-        parameters=student.parameter_counts(),
-        random_parts=random_parts,
+        parameters=made.parameters,
+        random_parts=made.random_parts,
         peak_memory_megabytes=peak_memory_megabytes(),
     )

@@ -5,10 +5,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from stages.train.config import StudentConfig
 
@@ -144,10 +146,14 @@ def normalisation(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def stem_states(vit: VisionTransformer, images: Tensor) -> list[Tensor]:
     """Return x_0 (embedded tokens) and the output of every block, each `B L D`.
 
-    All prefix tokens (class token, registers) are kept. `images` is `B 3 H W`.
+    All prefix tokens (class token, registers) are kept. `images` is `B 3 H W`. Where timm's
+    `grad_checkpointing` is set, a block is computed again in the backward pass.
     """
     tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     states = [tokens]
     for block in vit.blocks:
-        states.append(block(states[-1]))
+        if vit.grad_checkpointing and torch.is_grad_enabled():
+            states.append(checkpoint(block, states[-1], use_reentrant=False))
+        else:
+            states.append(block(states[-1]))
     return states

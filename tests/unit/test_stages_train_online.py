@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_training_online_is_training_from_float32_features(
         tmp_path / "online", phase.model_copy(update={"targets": "online"})
     )  # fmt: skip
     train(cached, dataset, stored)
-    train(online, dataset, bare, live=teachers)
+    train(replace(online, load_teachers=lambda device: teachers), dataset, bare)
     logs = [losses(run.folder) for run in (cached, online)]
     assert len(logs[0]) == phase.steps
     for one, other in zip(*logs, strict=True):

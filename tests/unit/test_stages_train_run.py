@@ -10,98 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stages.data.config import NyudData
-from stages.data.dataset import Dataset, open_dataset
-from stages.data.images import read_image
+from stages.data.dataset import Dataset
 from stages.progress import NoProgress
 from stages.train.checkpoint import CheckpointError
-from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
-from stages.train.loop import NonFiniteLossError
-from stages.train.run import TrainingError, TrainingRun, train
+from stages.train.guard import NonFiniteLossError
+from stages.train.identity import TrainingRun
+from stages.train.run import TrainingError, train
 from stages.train.saving import initialise_from, load_student
 from stages.train.stem import StudentError
 from stages.train.student import build_student
-from store.images import ImageTable, ViewTable
+from stages.train.testing import CPU, PHASE, SIZE, STUDENT, make_data, make_store
 from store.reader import FeatureStore
-from store.spec import LevelSpec, TeacherSpec
-from store.writer import FeatureWriter, create_store
-
-SIZE = (24, 32)
-TEACHERS = {"dino": ((3, 4), (6, 8)), "sam": ((5, 7), (4, 4))}
-
-
-def make_data(root: Path, count: int = 12) -> Dataset:
-    """NYUD's layout with random content, 40 x 50 pixels, two images for validation."""
-    random = np.random.default_rng(0)
-    ids = [f"{index:04d}" for index in range(count)]
-    folders = ("images", "segmentation", "edge", "normals", "depth", "gt_sets")
-    for folder in folders:
-        (root / folder).mkdir(parents=True)
-    for name in ids:
-        for folder in ("images", "normals"):
-            pixels = random.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / folder / f"{name}.png")
-        classes = random.integers(0, 41, (40, 50), dtype=np.uint8)
-        Image.fromarray(classes).save(root / "segmentation" / f"{name}.png")
-        edges = random.choice([0, 255], (40, 50)).astype(np.uint8)
-        Image.fromarray(edges).save(root / "edge" / f"{name}.png")
-        depth = random.uniform(1, 5, (40, 50)).astype(np.float32)
-        np.save(root / "depth" / f"{name}.npy", depth)
-    (root / "gt_sets" / "train.txt").write_text("\n".join(ids[:-2]))
-    (root / "gt_sets" / "val.txt").write_text("\n".join(ids[-2:]))
-    return open_dataset(NyudData(kind="nyud", root=root))
-
-
-def make_store(path: Path, dataset: Dataset, quarantined: str = "0001") -> FeatureStore:
-    """Random features; rows in reverse order of the data set, one image never valid."""
-    ids = tuple(image.id for image in reversed(dataset.images))
-    count = len(ids)
-    boxes = np.tile(np.array([[1, 0, 38, 50]], np.float32), (count, 1))
-    table = ImageTable(
-        ids=ids,
-        sha256=tuple(read_image(dataset.path(name)).sha256 for name in ids),
-        heights=(40,) * count,
-        widths=(50,) * count,
-        statuses=tuple("broken" if name == quarantined else "ok" for name in ids),
-    )
-    views = ViewTable(
-        image_size=SIZE, boxes=boxes, flips=np.zeros(count, bool), seeds=np.zeros(count, np.uint64)
-    )
-    create_store(path, table, views)
-    random = np.random.default_rng(1)
-    for name, grids in TEACHERS.items():
-        levels = tuple(
-            LevelSpec(name=f"block_{k}", grid=grid, channels=16 * (k + 1))
-            for k, grid in enumerate(grids)
-        )
-        spec = TeacherSpec(name=name, levels=levels, provenance={"seed": 1})
-        with FeatureWriter.open(path, spec) as writer:
-            for rows in writer.missing():
-                features = {
-                    level.name: random.normal(size=(len(rows), *level.grid, level.channels))
-                    for level in levels
-                }
-                valid = np.array([table.statuses[row] == "ok" for row in rows])
-                writer.write(rows, features, None, valid)
-            writer.finish()
-    return FeatureStore(path)
-
-
-ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
-STUDENT = StudentConfig(model="vit_tiny_patch16_224", model_args=ARGS, levels=2)
-PHASE = PhaseConfig(
-    steps=7,
-    batch_size=4,
-    learning_rate=1e-3,
-    warmup_steps=2,
-    gradient_clip=10.0,
-    log_every=2,
-    checkpoint_every=3,
-)
-CPU = RuntimeConfig(device="cpu", seed=5)
 
 
 class Killed(BaseException):
@@ -311,8 +232,8 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_damaged_checkpoint_is_named(make: Make, dataset: Dataset, store: FeatureStore) -> None:
     run = make("run")
     run.folder.mkdir()
-    (run.folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt cannot be read"):
+    (run.folder / "checkpoint-00000003.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"all 1 checkpoints .* are damaged"):
         train(run, dataset, store)
 
 

@@ -1,0 +1,82 @@
+"""Runs killed by SIGKILL at drawn places and resumed end with the same bytes as whole ones."""
+
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from stages.train.testing import PLACES, Order, make_root, obey
+
+PHASE = {"ema_decay": 0.7, "keep_last": 1, "accumulate": 2}
+VISITS = {"gradient known": 7, "weights changed": 7, "file not yet on disk": 6, "file in place": 6}
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    """Obey an order in a process of its own and return how it ended."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["stages.train.testing"])
+
+    def start(order: Order) -> int:
+        process = context.Process(target=obey, args=(order,))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["distill", "multitask"])
+def whole(request: pytest.FixtureRequest, root: Path, run: Run) -> Order:
+    folder = root / f"whole-{request.param}"
+    order = Order(root=root, folder=folder, tasks=request.param, phase=PHASE)
+    assert run(order) == 0
+    return order
+
+
+def drawn(seed: int) -> tuple[str, int]:
+    place = random.Random(seed).choice(sorted(PLACES))
+    return place, random.Random(seed).randint(1, VISITS[place])
+
+
+def is_the_same_after(kill: tuple[str, int], whole: Order, run: Run, workers: int = 0) -> bool:
+    folder = whole.folder.with_name("killed")
+    order = replace(whole, folder=folder)
+    try:
+        assert run(replace(order, kill=kill)) == -signal.SIGKILL
+        assert run(replace(order, phase={**PHASE, "workers": workers})) == 0
+        names = ("student.safetensors", "student.json")
+        found = {path.name for path in folder.iterdir()}
+        assert found == {*names, "log.csv", "checkpoint-00000007.pt"}
+        return all((folder / n).read_bytes() == (whole.folder / n).read_bytes() for n in names)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_resumed_is_the_same_bit_for_bit(whole: Order, run: Run, seed: int) -> None:
+    assert is_the_same_after(drawn(seed), whole, run)
+
+
+@pytest.mark.slow  # twenty moments in each phase
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_killed_at_twenty_moments(whole: Order, run: Run, seed: int) -> None:
+    assert is_the_same_after(drawn(seed), whole, run)
+
+
+@pytest.mark.slow  # each loading process imports torch
+def test_resumed_with_loading_processes(whole: Order, run: Run) -> None:
+    assert is_the_same_after(("gradient known", 6), whole, run, workers=2)
