@@ -1,6 +1,9 @@
 """`sak train-student`: stage two, one run of one phase."""
 
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from pipeline.errors import StepError
 from pipeline.indexing import require_views
@@ -8,11 +11,13 @@ from pipeline.params import Params
 from stages.data.dataset import Dataset, open_dataset
 from stages.data.tasks import Task
 from stages.extract.provenance import foreseen_provenance
+from stages.extract.teachers import load_teacher
 from stages.progress import Progress
 from stages.stopping import stop_on_sigterm
 from stages.train.checkpoint import CheckpointError
 from stages.train.distributed import Ranks, joined_ranks
 from stages.train.identity import TrainingRun
+from stages.train.live import LiveTeacher
 from stages.train.replay import replay
 from stages.train.run import TrainSummary, train
 from store.errors import difference
@@ -60,7 +65,8 @@ def _opened(
     run = _training_run(params, phase, task, dataset.tasks)
     require_views(params)
     store = FeatureStore(params.store)
-    _require_asked_teachers(params, run, store)
+    if run.phase.targets == "cached":
+        _require_asked_teachers(params, run, store)
     return run, dataset, store
 
 
@@ -75,6 +81,13 @@ def _empty(folder: Path, ranks: Ranks) -> None:
 def run_folder(params: Params, phase: str, task: str | None = None) -> Path:
     """Folder of a run: `distill`, `multitask`, `baseline`, or `single-<task>`."""
     return params.runs / (f"single-{task}" if phase == "single-task" else phase)
+
+
+def _load_teachers(params: Params, device: torch.device) -> dict[str, LiveTeacher]:
+    return {
+        name: load_teacher(name, config, params.image_size, device)
+        for name, config in params.teachers.items()
+    }
 
 
 def _require_asked_teachers(params: Params, run: TrainingRun, store: FeatureStore) -> None:
@@ -118,6 +131,7 @@ def _training_run(
         tasks=tuple(entry for entry in tasks if phase != "distill" and task in (None, entry.name)),
         phase=settings,
         runtime=params.runtime,
+        load_teachers=partial(_load_teachers, params),
         depth=params.views.depth,
         initialise_from=run_folder(params, "distill") if phase == "multitask" else None,
     )

@@ -49,6 +49,24 @@ def cut_view(image: npt.NDArray[np.uint8], view: View) -> npt.NDArray[np.uint8]:
     return pixels if view.photometric is None else change_colours(pixels, view.photometric)
 
 
+def part_of(view: View, part: View) -> View:
+    """Return the view of an image that shows the part `part` of what `view` shows, without colours.
+
+    So labels follow an image that is cut twice: `cut_view(cut_view(image, view), part)`.
+    """
+    box, inner = view.box, part.box
+    left = box.width - inner.left - inner.width if view.flip else inner.left
+    return View(
+        box=Box(
+            top=box.top + inner.top,
+            left=box.left + left,
+            height=inner.height,
+            width=inner.width,
+        ),
+        flip=view.flip != part.flip,
+    )
+
+
 def whole(array: npt.NDArray[Any]) -> Box:
     """Return the box of all pixels of an H x W [x C] array."""
     return Box(top=0, left=0, height=array.shape[0], width=array.shape[1])

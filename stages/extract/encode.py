@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.averaging import area_average
 from stages.decode import Decode, decoder
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.moments import token_moments
 from stages.extract.teachers import Features
 from store.codecs import FLOAT16_MAX, BitCodec, Codec, Codes, FloatCodec, Int8Codec
-from store.pyramid import area_weights
 from store.row_moments import PartMoments
-from store.spec import GLOBAL, Grid, TeacherSpec
+from store.spec import GLOBAL, TeacherSpec
 from store.statistics import Moments
 from store.teacher_layout import TeacherLayout
 
@@ -93,19 +93,6 @@ class Encoder:
             codec = self._codecs[name]
             self._encoders[name, device] = _encoder(codec, device), decoder(codec, device)
         return self._encoders[name, device]
-
-
-def area_average(values: Tensor, grid: Grid) -> Tensor:
-    """Return B h w C of values B H W C, each cell the mean over its area, as `store.pyramid`."""
-    height, width = values.shape[1:3]
-    if (height, width) == grid:
-        return values
-    down, across = (
-        torch.from_numpy(area_weights(size, cells)).to(values.device)
-        for size, cells in zip((height, width), grid, strict=True)
-    )
-    rows = torch.matmul(down, values.flatten(2)).view(len(values), len(down), width, -1)
-    return torch.matmul(across, rows)
 
 
 def refuse_unstorable(features: Features, spec: TeacherSpec, image_ids: Sequence[str]) -> None:

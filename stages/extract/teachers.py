@@ -93,15 +93,10 @@ class NetworkTeacher:
         self._tap = torch.compile(network.tap, dynamic=False) if compiled else network.tap
         self._names = names
         self._preprocessing = preprocessing
+        self.preprocess = preprocessing  # no method: loading processes get it without the network
         self._dtype = _DTYPES[precision]
         self.device = device
         self.spec: TeacherSpec
-
-    def preprocess(
-        self, image: UInt8[np.ndarray, "rows columns 3"], box: Box
-    ) -> UInt8[Tensor, "h w 3"]:
-        """Return the pixels of the part `box` of an RGB image at the network's input size."""
-        return self._preprocessing(image, box)
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "B h w 3"]) -> Features:

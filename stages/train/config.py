@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 RESERVED_MODEL_ARGS = frozenset({"img_size", "dynamic_img_size", "num_classes", "pretrained"})
 
@@ -50,6 +50,21 @@ class StudentConfig(_Config):
         return value
 
 
+class ReuseConfig(_Config):
+    """Changes of stored views whose stored grids are changed alike, though the teacher would answer
+    otherwise: only where every level's measured cosine is at least the number given."""
+
+    flip: float | None = Field(default=None, ge=-1, le=1)
+    """Mirror an image with probability one half. Needs this mean cosine under `flip`."""
+    crop: float | None = Field(default=None, ge=-1, le=1)
+    """Show a part of each image, half of its sides to all. Needs this under `crop` and `scale`."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is changed."""
+        return self.flip is not None or self.crop is not None
+
+
 class PhaseConfig(_Config):
     """One training phase, `distill` or `multitask`."""
 
@@ -89,6 +104,10 @@ class PhaseConfig(_Config):
     resolution: Literal["finest"] | Annotated[tuple[int, int], Field(strict=False)] = "finest"
     """Grid of the targets: the finest that is stored of each level, or the finest that is not
     larger than [height, width]."""
+    targets: Literal["cached", "online"] = "cached"
+    """`cached` reads features from the store; `online` runs the teachers live on the same views."""
+    reuse: ReuseConfig = ReuseConfig()
+    """Further changes of the stored views, for student and stored grids; off by default."""
     shuffle_window: int = Field(default=64, ge=1)
     """Shards of the store whose images are shuffled together: more mixes better, less lets a disk
     read in sequence; as many as there are shards is a plain permutation."""
@@ -107,6 +126,15 @@ class PhaseConfig(_Config):
     """Processes that load data; 0 loads in the training process."""
     cache_megabytes: int = Field(default=1024, ge=0)
     """Memory per loading process for decoded images and labels; 0 decodes every time."""
+
+    @model_validator(mode="after")
+    def _reuse_is_of_stored_grids(self) -> "PhaseConfig":
+        if self.targets == "online" and self.reuse.asked:
+            raise ValueError(
+                "reuse changes stored grids, targets: online has none; leave one of them out "
+                "(`views: {count: 4}` shows teachers and student changed images)"
+            )
+        return self
 
     @field_validator("accumulate")
     @classmethod

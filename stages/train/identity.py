@@ -1,6 +1,7 @@
 """What a training run is, and what makes two runs the same."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 from stages.data.tasks import Task
 from stages.data.view import DepthRule
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
+from stages.train.live import LoadTeachers
 from stages.train.saving import WEIGHTS, StudentDescription
 from store.reader import FeatureStore
+from store.spec import TeacherSpec
 
 FREE_TO_CHANGE = {
     "accumulate",
@@ -43,6 +46,8 @@ class TrainingRun:
     """What depth labels of enlarged views say, see `stages.data.view.replay_label`."""
     initialise_from: Path | None = None
     """Folder of a finished run whose stem, paths, norms and aligners are taken over."""
+    load_teachers: LoadTeachers | None = None
+    """What loads `teachers` where `phase.targets` is `online`."""
 
     @property
     def distilled(self) -> tuple[str, ...]:
@@ -50,14 +55,13 @@ class TrainingRun:
         return self.teachers if self.phase.alpha > 0 else ()
 
 
-def describe(run: TrainingRun, store: FeatureStore) -> StudentDescription:
+def describe(run: TrainingRun, specs: Mapping[str, TeacherSpec]) -> StudentDescription:
     """Return how to build the student of a run."""
     return StudentDescription(
         student=run.student,
         image_size=run.image_size,
         teachers={
-            name: tuple(level.channels for level in store.teachers[name].levels)
-            for name in run.teachers
+            name: tuple(level.channels for level in specs[name].levels) for name in run.teachers
         },
         tasks=run.tasks,
         aligners=bool(run.distilled),
@@ -65,7 +69,11 @@ def describe(run: TrainingRun, store: FeatureStore) -> StudentDescription:
 
 
 def identity_of(
-    run: TrainingRun, description: StudentDescription, store: FeatureStore, ids: tuple[str, ...]
+    run: TrainingRun,
+    description: StudentDescription,
+    store: FeatureStore,
+    specs: Mapping[str, TeacherSpec],
+    ids: tuple[str, ...],
 ) -> dict[str, Any]:
     """Everything that decides the numbers of a run; a checkpoint is only resumed under the same."""
     origin = "" if run.initialise_from is None else _digest(run.initialise_from / WEIGHTS)
@@ -81,7 +89,7 @@ def identity_of(
             "depth": run.depth,
             "trained_on": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
-        "features": {name: store.teachers[name].fingerprint() for name in run.distilled},
+        "features": {name: specs[name].fingerprint() for name in run.distilled},
     }
 
 

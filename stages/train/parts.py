@@ -38,4 +38,5 @@ def _part(batch: Batch, images: slice) -> Batch:
         labels={task: label[images] for task, label in batch.labels.items()},
         targets=targets,
         target_rows=rows,
+        parts=None if batch.parts is None else batch.parts[images],
     )

@@ -4,6 +4,7 @@
 was killed goes on from its checkpoint when it is started again with the same settings.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,18 @@ from stages.train.device import peak_memory_megabytes
 from stages.train.distributed import ALONE, Ranks
 from stages.train.identity import TrainingRun, describe, identity_of
 from stages.train.keeping import Checkpoints
+from stages.train.live import LiveTeacher
 from stages.train.log import TrainingLog
 from stages.train.loop import Loop, Outlets, Pace
+from stages.train.online import OnlineTargets
+from stages.train.regrid import ReusedTargets, check_reuse
 from stages.train.saving import StudentDescription, initialise_from, save_student
 from stages.train.stream import MEGABYTE, StreamSpec, TargetStream, usable_ids
 from stages.train.student import PARTS, Student
-from stages.train.targets import CachedTargets
+from stages.train.targets import CachedTargets, TargetSource
 from stages.train.trackers import opened_trackers
 from store.reader import FeatureStore
+from store.spec import TeacherSpec
 
 LOG = "log.csv"
 
@@ -103,7 +108,7 @@ def train(
         pace = made.loop.execute(made.stream, outlets)
     if ranks.first:
         student, held = finished_student(made.loop.state)
-        origin = {"store": store.digest(run.distilled), "weights": held, **made.identity}
+        origin = {"store": store.digest(made.cached), "weights": held, **made.identity}
         save_student(run.folder, student, made.description, origin)
     ranks.wait()
     return _summary(run, made, log, pace, resumed_at)
@@ -117,6 +122,8 @@ class Prepared:
     parameters: dict[str, int]
     random_parts: tuple[str, ...]
     images: int
+    cached: tuple[str, ...]
+    """Teachers whose features are read from the store."""
     identity: dict[str, Any]
     stream: TargetStream
     loop: Loop
@@ -127,23 +134,29 @@ def prepare(
 ) -> Prepared:
     """Check a run and build its student, stream and loop; see `train` for what is raised."""
     _check(run, dataset, store)
-    ids = usable_ids(dataset, run.split, store, run.distilled)
+    device = ranks.device(run.runtime.device)
+    live = _live(run, device)
+    specs = _specs(run, store, live)
+    check_reuse(run.phase.reuse, store, run.distilled)
+    cached = () if live else run.distilled
+    ids = usable_ids(dataset, run.split, store, cached)
     torch.manual_seed(run.runtime.seed)
-    description = describe(run, store)
+    description = describe(run, specs)
     student = description.build()
     parameters = student.parameter_counts()
     random_parts = tuple(PARTS.values())
     if run.initialise_from is not None:
         random_parts = initialise_from(student, run.initialise_from)
-    stream = TargetStream(_stream_spec(run, student, ids), dataset, store)
-    targets = CachedTargets(store, stream.levels, ranks.device(run.runtime.device))
+    stream = TargetStream(_stream_spec(run, student, ids), dataset, store, live)
+    targets = _targets(run, store, stream, live, device)
     weights = {task.name: task.loss_weight for task in run.tasks}
     return Prepared(
         description=description,
         parameters=parameters,
         random_parts=random_parts,
         images=len(ids),
-        identity=identity_of(run, description, store, ids),
+        cached=cached,
+        identity=identity_of(run, description, store, specs, ids),
         stream=stream,
         loop=Loop(student, run.phase, run.runtime, weights, targets, ranks),
     )
@@ -159,16 +172,47 @@ def _check(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
         raise TrainingError(
             f"the data has no labels for {', '.join(missing)}; it has: {', '.join(known) or 'none'}"
         )
-    if absent := [name for name in run.teachers if name not in store.teachers]:
-        raise TrainingError(
-            f"the store has no finished features of {', '.join(absent)}; it has: "
-            f"{', '.join(store.teachers) or 'none'}. Run `sak extract-teachers {absent[0]}`"
-        )
     if tuple(store.views.image_size) != tuple(run.image_size):
         raise TrainingError(
             f"the store's views are {tuple(store.views.image_size)} (height, width), the run asks "
             f"for {tuple(run.image_size)}; set that image size or extract into another store"
         )
+
+
+def _live(run: TrainingRun, device: torch.device) -> Mapping[str, LiveTeacher]:
+    """Load the teachers of a run that has them live; else none is in memory."""
+    if run.phase.targets == "cached" or not run.teachers:
+        return {}
+    assert run.load_teachers is not None
+    return run.load_teachers(device)
+
+
+def _specs(
+    run: TrainingRun, store: FeatureStore, live: Mapping[str, LiveTeacher]
+) -> dict[str, TeacherSpec]:
+    """Return the levels and provenance of each teacher, as stored or of the live one."""
+    if run.phase.targets == "online":
+        return {name: live[name].spec for name in run.teachers}
+    if absent := [name for name in run.teachers if name not in store.teachers]:
+        raise TrainingError(
+            f"the store has no finished features of {', '.join(absent)}; it has: "
+            f"{', '.join(store.teachers) or 'none'}. Run `sak extract-teachers {absent[0]}`, or "
+            "set targets: online"
+        )
+    return {name: store.teachers[name] for name in run.teachers}
+
+
+def _targets(
+    run: TrainingRun,
+    store: FeatureStore,
+    stream: TargetStream,
+    live: Mapping[str, LiveTeacher],
+    device: torch.device,
+) -> TargetSource:
+    if run.phase.targets == "online":
+        return OnlineTargets(live, stream.levels)
+    cached = CachedTargets(store, stream.levels, device)
+    return ReusedTargets(cached, run.phase.reuse) if run.phase.reuse.asked else cached
 
 
 def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> StreamSpec:
@@ -186,6 +230,7 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
         depth=run.depth,
         window=run.phase.shuffle_window,
         teachers_per_image=run.phase.teachers_per_image,
+        reuse=run.phase.reuse,
     )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stages.data.dataset import Dataset
 from stages.data.images import read_image
-from stages.data.view import DepthRule, cut_view, view_image, whole
+from stages.data.view import DepthRule, View, cut_view, part_of, view_image, whole
 from stages.data.views import row_view
+from stages.train.live import Prepare
 from store.reader import FeatureStore
 
 
@@ -28,10 +29,13 @@ class Shown:
     """`3 H W` uint8."""
     labels: Mapping[str, Tensor]
     """Per task `H W`, normals `3 H W`, in the dtype of the data set."""
+    inputs: Mapping[str, Tensor]
+    """Of each teacher that runs live, the input that it makes of the view."""
 
     def bytes(self) -> int:
         """Return how much memory it takes."""
-        return self.image.nbytes + sum(label.nbytes for label in self.labels.values())
+        parts = (self.image, *self.labels.values(), *self.inputs.values())
+        return sum(part.nbytes for part in parts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,25 +50,27 @@ class ShownViews:
     depth: DepthRule
     limit: int
     """Bytes that may be kept."""
+    prepare: Mapping[str, Prepare]
+    """What makes the inputs of the teachers that run live."""
     _used: int = 0
-    _kept: dict[int, Shown] = field(default_factory=dict)
+    _kept: dict[tuple[int, View | None], Shown] = field(default_factory=dict)
 
-    def get(self, image_id: str, row: int) -> Shown:
-        """Return the view of a row of the store, which is one of the image.
+    def get(self, image_id: str, row: int, part: View | None = None) -> Shown:
+        """Return the view of a row of the store, which is one of the image, or a part of the view.
 
         Raises:
             ChangedImageError: the image is not the one that the store was made from.
             ImageError, LabelError: it cannot be read any more.
         """
-        shown = self._kept.get(row)
+        shown = self._kept.get((row, part))
         if shown is None:
-            shown = self._read(image_id, row)
+            shown = self._read(image_id, row, part)
             if self._used + shown.bytes() <= self.limit:
                 self._used += shown.bytes()
-                self._kept[row] = shown
+                self._kept[row, part] = shown
         return shown
 
-    def _read(self, image_id: str, row: int) -> Shown:
+    def _read(self, image_id: str, row: int, part: View | None) -> Shown:
         """Replay a row's view, so that the student sees what the teachers saw."""
         views = self.store.views
         path = self.dataset.path(image_id)
@@ -77,12 +83,16 @@ class ShownViews:
             )
         view = row_view(views, row)
         pixels = cut_view(file.pixels, view)
+        inputs = {name: make(pixels, whole(pixels)) for name, make in self.prepare.items()}
+        if part is not None:
+            pixels, view = cut_view(pixels, part), part_of(view, part)
         image = np.moveaxis(view_image(pixels, whole(pixels), self.size), -1, 0)
         asked = self.tasks
         labels = self.dataset.labels(image_id, self.size, view, self.depth) if asked else {}
         return Shown(
             image=torch.from_numpy(np.array(image, order="C")),
             labels={task: _label_tensor(labels[task]) for task in asked},
+            inputs=inputs,
         )
 
 

@@ -6,8 +6,9 @@ Shapes: `B` batch, `H W` image pixels, `h w` a teacher's grid, `C` its channels.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from stages.data.dataset import Dataset
-from stages.data.view import DepthRule
+from stages.data.view import DepthRule, View
+from stages.train.config import ReuseConfig
 from stages.train.jitter import image_generator, jitter
+from stages.train.live import LiveTeacher
 from stages.train.prefetch import load, load_by_processes
+from stages.train.reuse import draw_part, part_shares
 from stages.train.sampling import (
     Draw,
     Shuffle,
@@ -26,11 +30,13 @@ from stages.train.sampling import (
     check_teachers_per_image,
     choose_view,
 )
-from stages.train.shown import ShownViews
+from stages.train.shown import Shown, ShownViews
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec
 
 MEGABYTE = 1 << 20
+
+_Item = TypeVar("_Item")
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +57,13 @@ class Batch:
     labels: dict[str, Tensor]
     """Per task `B H W` (normals `B 3 H W`), in the dtype of the data set."""
     targets: dict[str, list[Tensor]]
-    """Per teacher, per level: `b h w K` as stored, see `stages.train.targets`."""
+    """Per teacher, per level: `b h w K` as stored, see `stages.train.targets`. Of a teacher that
+    runs live, instead of levels: its one input, `b ...` as it prepares it."""
     target_rows: dict[str, Tensor | None]
     """Per teacher: which images of the batch those are (`b`, int64); None: all of them."""
+    parts: Tensor | None = None
+    """Where stored grids are reused, the part of its view that an image shows, `B 5` float32:
+    mirrored (0 or 1), then top, left, height and width as shares of the view."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy everything to a device; the copy overlaps with computing where it can."""
@@ -76,6 +86,7 @@ class Batch:
                 name: rows if rows is None else change(rows)
                 for name, rows in self.target_rows.items()
             },
+            parts=None if self.parts is None else change(self.parts),
         )
 
     def used_by(self, stream: Any) -> None:
@@ -107,19 +118,34 @@ class StreamSpec:
     """Shards that are shuffled together, see `Shuffle`."""
     teachers_per_image: int | None = None
     """Teachers drawn for each image and epoch; None: all of them."""
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
 
 
 class TargetStream(TorchDataset[Batch]):
-    """Makes whole batches out of draws; only asked tasks, teachers and levels are read."""
+    """Makes whole batches out of draws; only asked tasks, teachers and levels are read.
 
-    def __init__(self, spec: StreamSpec, dataset: Dataset, store: FeatureStore) -> None:
+    Of the `live` teachers nothing is read: their inputs are made.
+    """
+
+    def __init__(
+        self,
+        spec: StreamSpec,
+        dataset: Dataset,
+        store: FeatureStore,
+        live: Mapping[str, LiveTeacher] = MappingProxyType({}),
+    ) -> None:
         check_teachers_per_image(spec.teachers_per_image, spec.teachers)
         self.spec, self._pin = spec, False
         self._store = store
+        specs = {
+            name: live[name].spec if name in live else store.teachers[name]
+            for name in spec.teachers
+        }
+        self._prepare = {name: live[name].preprocess for name in spec.teachers if name in live}
+        self._stored = [name for name in spec.teachers if store.teachers.get(name) == specs[name]]
         self.levels: dict[str, list[tuple[str, Grid]]] = {
             name: [
-                (level.name, _grid(name, level, spec.resolution))
-                for level in store.teachers[name].levels
+                (level.name, _grid(name, level, spec.resolution)) for level in specs[name].levels
             ]
             for name in spec.teachers
         }
@@ -129,7 +155,8 @@ class TargetStream(TorchDataset[Batch]):
             size=spec.image_size,
             tasks=spec.tasks,
             depth=spec.depth,
-            limit=spec.cache_bytes,
+            limit=0 if spec.reuse.crop is not None else spec.cache_bytes,  # no part comes twice
+            prepare=self._prepare,
         )
         self._mean = torch.tensor(spec.mean).view(3, 1, 1)
         self._std = torch.tensor(spec.std).view(3, 1, 1)
@@ -150,7 +177,11 @@ class TargetStream(TorchDataset[Batch]):
         asked = ask_teachers(
             self.spec.seed, draws, ids, self.spec.teachers, self.spec.teachers_per_image
         )
-        shown = [self._shown.get(image_id, row) for image_id, row in zip(ids, rows, strict=True)]
+        parts = [
+            self._part(draw.epoch, image_id, row)
+            for draw, image_id, row in zip(draws, ids, rows, strict=True)
+        ]
+        shown = [self._shown.get(*which) for which in zip(ids, rows, parts, strict=True)]
         images = [
             self._prepared(one.image, draw.epoch, image_id)
             for one, draw, image_id in zip(shown, draws, ids, strict=True)
@@ -162,11 +193,12 @@ class TargetStream(TorchDataset[Batch]):
             labels={
                 task: torch.stack([one.labels[task] for one in shown]) for task in self.spec.tasks
             },
-            targets=self._targets(rows, asked),
+            targets=self._targets(rows, shown, asked),
             target_rows={
                 name: None if places is None else torch.tensor(places, dtype=torch.int64)
                 for name, places in asked.items()
             },
+            parts=self._shares(rows, parts),
         )
 
     def pinned(self) -> "TargetStream":
@@ -179,9 +211,7 @@ class TargetStream(TorchDataset[Batch]):
         """Return the order of the images, which follows the shards of the targets that are read."""
         views = self._store.views.views_per_image
         arrays = [
-            self._store.array(name, *level)
-            for name, levels in self.levels.items()
-            for level in levels
+            self._store.array(name, *level) for name in self._stored for level in self.levels[name]
         ]
         rows = max((array.chunk[0] for array in arrays), default=self._store.rows)
         shards = [self._store.row(image_id) // max(rows, views) for image_id in self.spec.ids]
@@ -189,12 +219,35 @@ class TargetStream(TorchDataset[Batch]):
         return Shuffle(shards=numbers, window=self.spec.window, seed=self.spec.seed)
 
     def _targets(
-        self, rows: Sequence[int], asked: Mapping[str, list[int] | None]
+        self,
+        rows: Sequence[int],
+        shown: Sequence[Shown],
+        asked: Mapping[str, list[int] | None],
     ) -> dict[str, list[Tensor]]:
         return {
-            name: [self._codes(name, *level, _chosen(rows, asked[name])) for level in levels]
+            name: [_stacked([one.inputs[name] for one in _chosen(shown, asked[name])])]
+            if name in self._prepare
+            else [self._codes(name, *level, _chosen(rows, asked[name])) for level in levels]
             for name, levels in self.levels.items()
         }
+
+    def _part(self, epoch: int, image_id: str, row: int) -> View | None:
+        if not self.spec.reuse.asked:
+            return None
+        return draw_part(self.spec.reuse, self._size(row), self.spec.seed, epoch, image_id)
+
+    def _shares(self, rows: Sequence[int], parts: Sequence[View | None]) -> Tensor | None:
+        shares = [
+            part_shares(part, self._size(row))
+            for row, part in zip(rows, parts, strict=True)
+            if part is not None
+        ]
+        return torch.tensor(shares) if shares else None
+
+    def _size(self, row: int) -> tuple[int, int]:
+        """Return the pixels of a row's view before any resizing (rows, columns)."""
+        _, _, height, width = self._store.views.boxes[row]
+        return int(height), int(width)
 
     def _codes(self, teacher: str, level: str, grid: Grid, rows: Sequence[int]) -> Tensor:
         """Read rows of a level once, from the file into the memory that travels."""
@@ -211,8 +264,13 @@ class TargetStream(TorchDataset[Batch]):
         return (pixels - self._mean) / self._std
 
 
-def _chosen(rows: Sequence[int], places: Sequence[int] | None) -> Sequence[int]:
-    return rows if places is None else [rows[place] for place in places]
+def _chosen(items: Sequence[_Item], places: Sequence[int] | None) -> Sequence[_Item]:
+    return items if places is None else [items[place] for place in places]
+
+
+def _stacked(inputs: Sequence[Tensor]) -> Tensor:
+    """Stack inputs of one teacher; there may be no image that asks it."""
+    return torch.stack(list(inputs)) if inputs else torch.empty(0)
 
 
 def _grid(teacher: str, level: LevelSpec, resolution: Literal["finest"] | Grid) -> Grid:

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.averaging import area_average
 from stages.decode import decoder
-from stages.extract.encode import Encoder, area_average, refuse_unstorable
+from stages.extract.encode import Encoder, refuse_unstorable
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.moments import token_moments
 from stages.extract.teachers import Features

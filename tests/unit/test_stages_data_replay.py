@@ -12,6 +12,7 @@ from stages.data.view import (
     Box,
     View,
     cut_view,
+    part_of,
     replay_label,
     view_image,
     view_label,
@@ -71,6 +72,14 @@ def test_a_marker_of_several_pixels_stays_put_when_it_is_resized(view: View) -> 
             for part in (shown, label)
         ]
         assert abs(centres[0] - centres[1]) < max(1, SIZE[axis] / (box.height, box.width)[axis])
+
+
+@given(view=views(), data=st.data())
+def test_a_part_of_a_view_is_what_cutting_twice_shows(view: View, data: st.DataObject) -> None:
+    part = data.draw(views(view.box.height, view.box.width))
+    np.testing.assert_array_equal(
+        cut_view(IMAGE, part_of(view, part)), cut_view(cut_view(IMAGE, view), part)
+    )
 
 
 def test_a_view_without_changes_is_what_it_was() -> None:
