@@ -37,7 +37,7 @@ class LocalShards:
         self._shards = shards
         self._verify = verify
 
-    def open(self, rows: NDArray[np.int64]) -> None:
+    def open(self, rows: list[int]) -> None:
         """Open the shards that hold `rows` and have the system fetch these from disk meanwhile.
 
         Raises:
@@ -46,7 +46,7 @@ class LocalShards:
         for number, (slots, _) in self._by_shard(rows).items():
             self._shards.get(self, number).announce(slots)
 
-    def read_into(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+    def read_into(self, rows: list[int], out: NDArray[Any]) -> None:
         """Fill `out` (n, ...) with the entries of the array at `rows` (n,), shard by shard.
 
         Raises:
@@ -66,12 +66,12 @@ class LocalShards:
             else:
                 shard.copy_into(slot, out[position])
 
-    def _by_shard(self, rows: NDArray[np.int64]) -> dict[int, tuple[list[int], list[int]]]:
+    def _by_shard(self, rows: list[int]) -> dict[int, tuple[list[int], list[int]]]:
         """Return by shard the slots as they lie, and where in `out` each goes."""
-        wanted, length = rows.tolist(), self.layout.chunk[0]
+        length = self.layout.chunk[0]
         places: dict[int, tuple[list[int], list[int]]] = {}
-        for position in sorted(range(len(wanted)), key=wanted.__getitem__):
-            number, slot = divmod(wanted[position], length)
+        for position in sorted(range(len(rows)), key=rows.__getitem__):
+            number, slot = divmod(rows[position], length)
             slots, positions = places.setdefault(number, ([], []))
             slots.append(slot)
             positions.append(position)

@@ -71,7 +71,7 @@ class FeatureStore:
         self._rows = StoredRows(self.path, verify)
         self._layouts: dict[tuple[str, str, Grid | None], ArrayLayout] = {}
         self._codecs: dict[tuple[str, str], FittedTarget | None] = {}
-        self._marks: dict[str, NDArray[np.uint8]] = {}
+        self._marks: dict[str, bytes] = {}
 
     def __reduce__(self) -> tuple[type["FeatureStore"], tuple[StorePath, Verify]]:
         return type(self), (self.path, self._verify)
@@ -189,8 +189,7 @@ class FeatureStore:
 
     def valid(self, teacher: str) -> NDArray[np.bool_]:
         """Return for each row (rows,) whether the teacher has features; False is quarantined."""
-        marks: NDArray[np.uint8] = self._row_marks(teacher)
-        return np.equal(marks, VALID)
+        return np.equal(np.frombuffer(self._row_marks(teacher), np.uint8), VALID)
 
     def read(
         self,
@@ -371,38 +370,37 @@ class FeatureStore:
         refuse_unusable(self.path / teacher, record, self._root)
         return record
 
-    def _row_marks(self, teacher: str) -> NDArray[np.uint8]:
+    def _row_marks(self, teacher: str) -> bytes:
         if teacher not in self._marks:
             record = self._record(teacher)
             with growth_told(self.path / teacher, record):
-                self._marks[teacher] = read_marks(self.path / teacher, record.layout)
+                self._marks[teacher] = read_marks(self.path / teacher, record.layout).tobytes()
         return self._marks[teacher]
 
-    def _codes(self, teacher: str, layout: ArrayLayout, rows: NDArray[np.int64]) -> Codes:
+    def _codes(self, teacher: str, layout: ArrayLayout, rows: list[int]) -> Codes:
         out = np.empty((len(rows), *layout.shape[1:]), layout.dtype)
         with growth_told(self._folders[teacher], self._records[teacher]):
             self._rows.read_into(teacher, layout, rows, out)
         return out
 
-    def _ready_rows(self, teacher: str, layout: ArrayLayout, rows: Rows) -> NDArray[np.int64]:
+    def _ready_rows(self, teacher: str, layout: ArrayLayout, rows: Rows) -> list[int]:
         """Check `rows` and open their shards, which then are known to be as large as `layout`."""
-        wanted = np.asarray(rows, np.int64)
+        wanted: list[int] = np.asarray(rows, np.int64).tolist()
         self._refuse_rows(teacher, wanted)
         with growth_told(self._folders[teacher], self._records[teacher]):
             self._rows.open(teacher, layout, wanted)
         return wanted
 
-    def _refuse_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
-        if not rows.size:
-            return
-        if rows.min() < 0 or rows.max() >= self.rows:
-            outside = rows[(rows < 0) | (rows >= self.rows)]
-            raise StoreError(f"row {outside[0]} is not in the store, it has {self.rows} rows")
-        bad = rows[self._row_marks(teacher)[rows] != VALID]
-        if bad.size:
-            index = int(bad[0]) // self._root.views_per_image
+    def _refuse_rows(self, teacher: str, rows: list[int]) -> None:
+        marks, count = self._row_marks(teacher), self.rows
+        for row in rows:
+            if not 0 <= row < count:
+                raise StoreError(f"row {row} is not in the store, it has {count} rows")
+        bad = [row for row in rows if marks[row] != VALID]
+        if bad:
+            index = bad[0] // self._root.views_per_image
             raise StoreError(
-                f"{bad.size} of {rows.size} rows are quarantined for teacher {teacher!r}, the "
+                f"{len(bad)} of {len(rows)} rows are quarantined for teacher {teacher!r}, the "
                 f"first is row {bad[0]}, image {self.images.ids[index]!r} "
                 f"({self.images.statuses[index]}); ask valid() which rows have features"
             )

@@ -24,21 +24,21 @@ class RemoteShards:
         self._layout = layout
         self._known: dict[int, NDArray[np.uint64]] = {}
 
-    def open(self, rows: NDArray[np.int64]) -> None:
+    def open(self, rows: list[int]) -> None:
         """Read the indexes of the shards that hold `rows`.
 
         Raises:
             StoreDamagedError: a shard is missing, has another size, or its index is damaged.
         """
-        self._indexes(np.unique(rows // self._layout.chunk[0]).tolist())
+        self._indexes(sorted({row // self._layout.chunk[0] for row in rows}))
 
-    def read_into(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+    def read_into(self, rows: list[int], out: NDArray[Any]) -> None:
         """Fill `out` (n, ...) with the entries of the array at `rows` (n,).
 
         Raises:
             StoreDamagedError: a shard is missing, has another size, or a checksum does not match.
         """
-        places = [divmod(row, self._layout.chunk[0]) for row in rows.tolist()]
+        places = [divmod(row, self._layout.chunk[0]) for row in rows]
         indexes = self._indexes(sorted({number for number, _ in places}))
         starts = [int(indexes[number][slot]) for number, slot in places]
         length = self._layout.row_bytes + CHECKSUM_BYTES

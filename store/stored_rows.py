@@ -25,7 +25,7 @@ class StoredRows:
         self._open = OpenShards()
         self._arrays: dict[tuple[str, str], LocalShards | RemoteShards] = {}
 
-    def open(self, teacher: str, layout: ArrayLayout, rows: NDArray[np.int64]) -> None:
+    def open(self, teacher: str, layout: ArrayLayout, rows: list[int]) -> None:
         """Make ready to read `rows`: their shards are known to be whole, and disks are at work.
 
         Raises:
@@ -34,7 +34,7 @@ class StoredRows:
         self._shards(teacher, layout).open(rows)
 
     def read_into(
-        self, teacher: str, layout: ArrayLayout, rows: NDArray[np.int64], out: NDArray[Any]
+        self, teacher: str, layout: ArrayLayout, rows: list[int], out: NDArray[Any]
     ) -> None:
         """Fill `out` (n, ...), of the array's type and contiguous, with the entries at `rows`.
 

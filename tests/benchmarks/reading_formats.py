@@ -12,7 +12,7 @@ import numpy as np
 
 GRID, CHANNELS = (24, 24), 768
 LEVELS = 12
-BATCH = 8
+BATCH = 16
 ROW = (*GRID, CHANNELS)
 
 Read = Callable[[np.ndarray, np.ndarray], None]
