@@ -132,12 +132,13 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a process in a group, working folder and temporary folder of its own."""
     (folder / "tmp").mkdir(parents=True)
+    errors = processes.enter_context((folder / "errors.txt").open("wb"))
     process = subprocess.Popen(
         command,
         cwd=folder,
         env={**environment, "TMPDIR": str(folder / "tmp")},
         stdout=subprocess.PIPE,
-        stderr=(folder / "errors.txt").open("wb"),
+        stderr=errors,
         start_new_session=True,
     )
 
@@ -196,6 +197,7 @@ def test_a_scheduler_with_workers_of_two_machines_one_of_which_joins_late(
     assert file_contents(project.store("shared")) == file_contents(project.store("whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
