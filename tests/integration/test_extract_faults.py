@@ -19,7 +19,7 @@ from store.reader import FeatureStore
 from store.testing import file_contents
 
 RUNS = """
-import json, multiprocessing, os, signal, sys
+import json, multiprocessing, os, signal, sys, time
 import torch
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
 import stages.extract.run
@@ -45,6 +45,8 @@ def interfere(run):
             meeting.wait(60)
         if rows in run.get("terminate", ()):
             os.kill(os.getpid(), signal.SIGTERM)
+            while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+                time.sleep(0.01)  # else the next one may come before this one is seen, as one
         append(self, row)
     ShardWriter.append = counted
 

@@ -269,7 +269,7 @@ def test_what_is_no_cosine_is_refused(tmp_path: Path, sources: tuple[ImageSource
     path = new_store(tmp_path / "store", sources)
     run(path, sources, teacher(symmetric, 12))
     zarr.open_array(path / "conv" / "equivariance" / "cosine", mode="r+")[0, 0] = 1.5
-    with pytest.raises(StoreDamagedError, match="no mean cosine"):
+    with pytest.raises(StoreDamagedError, match="figures that cannot be: mean cosines"):
         FeatureStore(path).equivariance("conv")
     assert not verify(path, quick=True).clean
 
