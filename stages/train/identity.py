@@ -90,7 +90,15 @@ def identity_of(
             "trained_on": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
         },
         "features": {name: specs[name].fingerprint() for name in run.distilled},
+        "rows_per_shard": {
+            name: _rows_per_shard(store, name) for name in run.distilled if name in store.teachers
+        },
     }
+
+
+def _rows_per_shard(store: FeatureStore, teacher: str) -> int:
+    """Return what the order of the images follows, see `stages.train.sampling.Shuffle`."""
+    return store.array(teacher, store.teachers[teacher].levels[0].name).chunk[0]
 
 
 def _digest(path: Path) -> str:

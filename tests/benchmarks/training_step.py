@@ -12,7 +12,7 @@ with the share of the time that the loop waited for batches.
 
 `growth`: an epoch of a tiny student with a store whose rows are made up (everything else is real:
 order, draws, image files, batches, steps), and the peak memory of that process, per number of
-images. Microseconds per image must not grow.
+images. Microseconds of the processor per image must not grow.
 """
 
 import argparse
@@ -273,10 +273,10 @@ def measure_epoch(arguments: argparse.Namespace) -> None:
         step = Step(student, CachedTargets(store, stream.levels, device))
         for _ in range(10):  # first calls are slow
             step.take(stream.__getitems__([Draw(epoch=0, index=k) for k in range(batch)]), device)
-        started, steps = time.perf_counter(), images // batch
+        started, steps = time.process_time(), images // batch
         for made in batches(stream, batch_size=batch, start=0, stop=steps, workers=0, pin=False):
             step.take(made, device)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
     status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's
     peak = next(int(line.split()[1]) / 1024 for line in status.splitlines() if "VmHWM" in line)
     print(seconds / images * 1e6, peak)
