@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from store.audit import FeatureNumbers, LevelAudit, centre_of
 from store.codecs import Codes, Values
+from store.decode import decode_rows
 from store.findings import Severity, Verification
 from store.reader import FeatureStore
 from store.spec import Grid
@@ -61,7 +62,7 @@ def _read(
     """Return what readers get of rows, and what is stored of them, read once."""
     codes = store.read_codes(teacher, level, rows, grid)
     fitted = store.codec(teacher, level, grid)
-    values = codes if fitted is None else np.stack([fitted.codec.decode(row) for row in codes])
+    values = codes if fitted is None else decode_rows(fitted.codec, codes)
     return values, codes
 
 

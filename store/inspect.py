@@ -17,6 +17,7 @@ import zarr
 
 from store.calibration import Fidelity
 from store.codecs import Codec, Codes, Values
+from store.decode import decode_rows
 from store.equivariance import Equivariance, read_equivariance
 from store.reader import FeatureStore
 from store.remote import StorePath
@@ -127,7 +128,7 @@ def open_dask(
 
 
 def _decode(codes: Codes, codec: Codec) -> Values:
-    return np.stack([codec.decode(row) for row in codes])
+    return decode_rows(codec, codes)
 
 
 def _channels(store: FeatureStore, teacher: str, level: str) -> int:

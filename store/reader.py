@@ -4,27 +4,29 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.calibration import FittedTarget
 from store.chunks import read_array
-from store.codecs import Codes, Values
+from store.codecs import Codes, FloatCodec, Values
+from store.decode import decode_portions
 from store.documents import check_document
 from store.equivariance import Equivariance, read_equivariance
 from store.errors import StoreError, StoreMismatchError, nearest
 from store.growth import growth_told, refuse_grown
 from store.images import ImageTable, ViewTable
 from store.layout import METADATA, ArrayLayout
+from store.local_shards import Verify
 from store.remote import StorePath, locate
 from store.spec import Grid, TeacherSpec, canonical_json
 from store.statistics import Statistics
 from store.stored_codecs import read_codec
-from store.stored_rows import StoredRows
+from store.stored_rows import StoredRows, refuse_buffer
 from store.tables import read_images, read_root, read_views
-from store.targets import find_array, find_level, level_names
+from store.targets import find_array, find_level, level_names, value_shape
 from store.teacher import (
     VALID,
     TeacherRecord,
@@ -35,30 +37,44 @@ from store.teacher import (
     teacher_folders,
 )
 
+Rows = Sequence[int] | NDArray[np.integer[Any]]
+
 
 class FeatureStore:
     """A store opened for reading, see `store.spec` for what it holds.
 
     Opening reads a few small files; images, views and shards are read when first asked for. Safe
-    to share between threads and across a fork; pickling carries the path only.
+    to share between threads and across a fork; pickling carries the path and `verify` only.
+
+    `verify` says when the checksum of a row is compared: "once", at the row's first read after its
+    shard was opened; "always"; or "never", for a store that `sak verify` has just passed. A shard
+    stays open until many others were read. Rows that are not verified are copied out of a mapped
+    file: a shard that is deleted or replaced meanwhile is read on as it was, one found to have
+    another size is refused, and one cut short in the middle of a copy, or whose disk fails then,
+    ends the process with SIGBUS. `sak` never does that to a file: it writes a new one and renames
+    it. On object storage every read is verified.
 
     Raises:
-        StoreError: there is no store at the path.
+        StoreError: there is no store at the path, or `verify` is no such word.
         StoreFormatError: it is no feature store, or of another format version.
         StoreDamagedError: its metadata contradicts its files.
     """
 
-    def __init__(self, path: str | StorePath) -> None:
+    def __init__(self, path: str | StorePath, verify: Verify = "once") -> None:
+        if verify not in get_args(Verify):
+            raise StoreError(f"verify is {verify!r}, it must be one of {get_args(Verify)}")
         self.path = locate(path)
+        self._verify: Verify = verify
         self._root = read_root(self.path)
-        self._records = {folder.name: read_record(folder) for folder in teacher_folders(self.path)}
-        self._rows = StoredRows(self.path)
-        self._layouts: dict[tuple[str, str], ArrayLayout] = {}
+        self._folders = {folder.name: folder for folder in teacher_folders(self.path)}
+        self._records = {name: read_record(folder) for name, folder in self._folders.items()}
+        self._rows = StoredRows(self.path, verify)
+        self._layouts: dict[tuple[str, str, Grid | None], ArrayLayout] = {}
         self._codecs: dict[tuple[str, str], FittedTarget | None] = {}
         self._marks: dict[str, NDArray[np.uint8]] = {}
 
-    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[StorePath]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[StorePath, Verify]]:
+        return type(self), (self.path, self._verify)
 
     @property
     def rows(self) -> int:
@@ -180,7 +196,7 @@ class FeatureStore:
         self,
         teacher: str,
         level: str,
-        rows: Sequence[int] | NDArray[np.integer[Any]],
+        rows: Rows,
         resolution: Grid | None = None,
     ) -> Values:
         """Return (n, H, W, C) of a level, or (n, C) of `global`, in the order of `rows`.
@@ -193,25 +209,76 @@ class FeatureStore:
             UnfinishedStoreError: the teacher is not finished.
             StoreDamagedError: a checksum does not match.
         """
-        codes = self.read_codes(teacher, level, rows, resolution)
-        fitted = self.codec(teacher, level, resolution)
-        if fitted is None or not len(codes):
-            return codes
-        return np.stack([fitted.codec.decode(row) for row in codes])
+        layout = self.array(teacher, level, resolution)
+        if self.codec(teacher, level, resolution) is None:
+            return self.read_codes(teacher, level, rows, resolution)
+        wanted = self._ready_rows(teacher, layout, rows)
+        shape = value_shape(self._record(teacher).spec, level, resolution)
+        out = np.empty((len(wanted), *shape), np.float32)
+        self.read_into(teacher, level, wanted, out, resolution)
+        return out
 
-    def read_codes(
+    def read_into(
         self,
         teacher: str,
         level: str,
-        rows: Sequence[int] | NDArray[np.integer[Any]],
+        rows: Rows,
+        out: NDArray[np.float32],
         resolution: Grid | None = None,
+        *,
+        threads: int = 1,
+    ) -> None:
+        """Fill `out` (n, H, W, C) or (n, C), float32 and contiguous, with features of `rows`.
+
+        `threads` read and decode side by side: worth it where they have a core each, so not in one
+        of many loading processes.
+
+        Raises:
+            StoreError: `out` has another shape or type; otherwise see `read`. What `out` holds then
+                is not defined.
+        """
+        layout = self.array(teacher, level, resolution)
+        fitted = self.codec(teacher, level, resolution)
+        codec = FloatCodec(dtype=layout.dtype) if fitted is None else fitted.codec
+        shape = value_shape(self._record(teacher).spec, level, resolution)
+        refuse_buffer(out, (len(rows), *shape), "<f4")
+        wanted = self._ready_rows(teacher, layout, rows)
+        decode_portions(
+            lambda part: self._codes(teacher, layout, wanted[part]),
+            codec,
+            out,
+            self._rows.portion(layout, len(wanted)),
+            threads,
+        )
+
+    def read_codes(
+        self, teacher: str, level: str, rows: Rows, resolution: Grid | None = None
     ) -> Codes:
         """Return what is stored of `rows`, which `codec` decodes; see `read`."""
         layout = self.array(teacher, level, resolution)
-        wanted = np.asarray(rows, np.int64)
-        self._refuse_rows(teacher, wanted)
-        with growth_told(self.path / teacher, self._records[teacher]):
-            return self._rows.read(teacher, layout, wanted.tolist())
+        return self._codes(teacher, layout, self._ready_rows(teacher, layout, rows))
+
+    def read_codes_into(
+        self,
+        teacher: str,
+        level: str,
+        rows: Rows,
+        out: Codes,
+        resolution: Grid | None = None,
+    ) -> None:
+        """Fill `out`, of the type and shape that `read_codes` returns and contiguous.
+
+        The fastest way to read: each row is copied once, from the file into `out`.
+
+        Raises:
+            StoreError: `out` has another shape or type; otherwise see `read`. What `out` holds then
+                is not defined.
+        """
+        layout = self.array(teacher, level, resolution)
+        refuse_buffer(out, (len(rows), *layout.shape[1:]), layout.dtype)
+        wanted = self._ready_rows(teacher, layout, rows)
+        with growth_told(self._folders[teacher], self._records[teacher]):
+            self._rows.read_into(teacher, layout, wanted, out)
 
     def levels(self, teacher: str) -> tuple[str, ...]:
         """Return the names that `read` knows: the levels, then `global` where there is one."""
@@ -254,14 +321,14 @@ class FeatureStore:
             UnfinishedStoreError: the teacher is not finished.
             StoreDamagedError: the metadata is not what the teacher's specification says.
         """
-        record = self._record(teacher)
-        name = find_array(record.spec, level, resolution)
-        if (teacher, name) not in self._layouts:
-            layout = record.layout.features()[name]
-            with growth_told(self.path / teacher, record):
-                check_document(self.path / teacher / layout.path / METADATA, layout.document())
-            self._layouts[teacher, name] = layout
-        return self._layouts[teacher, name]
+        key = teacher, level, resolution
+        if key not in self._layouts:
+            record = self._record(teacher)
+            layout = record.layout.features()[find_array(record.spec, level, resolution)]
+            with growth_told(self._folders[teacher], record):
+                check_document(self._folders[teacher] / layout.path / METADATA, layout.document())
+            self._layouts[key] = layout
+        return self._layouts[key]
 
     def statistics(self, teacher: str, level: str, resolution: Grid | None = None) -> Statistics:
         """Return mean and variance per channel over the tokens of all valid rows, as read.
@@ -311,9 +378,25 @@ class FeatureStore:
                 self._marks[teacher] = read_marks(self.path / teacher, record.layout)
         return self._marks[teacher]
 
+    def _codes(self, teacher: str, layout: ArrayLayout, rows: NDArray[np.int64]) -> Codes:
+        out = np.empty((len(rows), *layout.shape[1:]), layout.dtype)
+        with growth_told(self._folders[teacher], self._records[teacher]):
+            self._rows.read_into(teacher, layout, rows, out)
+        return out
+
+    def _ready_rows(self, teacher: str, layout: ArrayLayout, rows: Rows) -> NDArray[np.int64]:
+        """Check `rows` and open their shards, which then are known to be as large as `layout`."""
+        wanted = np.asarray(rows, np.int64)
+        self._refuse_rows(teacher, wanted)
+        with growth_told(self._folders[teacher], self._records[teacher]):
+            self._rows.open(teacher, layout, wanted)
+        return wanted
+
     def _refuse_rows(self, teacher: str, rows: NDArray[np.int64]) -> None:
-        outside = rows[(rows < 0) | (rows >= self.rows)]
-        if outside.size:
+        if not rows.size:
+            return
+        if rows.min() < 0 or rows.max() >= self.rows:
+            outside = rows[(rows < 0) | (rows >= self.rows)]
             raise StoreError(f"row {outside[0]} is not in the store, it has {self.rows} rows")
         bad = rows[self._row_marks(teacher)[rows] != VALID]
         if bad.size:

@@ -1,7 +1,6 @@
 """Reads rows of an array's shards on object storage, all rows of one call at the same time."""
 
 import errno
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,28 +24,33 @@ class RemoteShards:
         self._layout = layout
         self._known: dict[int, NDArray[np.uint64]] = {}
 
-    def read(self, rows: Sequence[int]) -> NDArray[Any]:
-        """Return the entries of the array at `rows` (n,), one (n, ...) array.
+    def open(self, rows: NDArray[np.int64]) -> None:
+        """Read the indexes of the shards that hold `rows`.
+
+        Raises:
+            StoreDamagedError: a shard is missing, has another size, or its index is damaged.
+        """
+        self._indexes(np.unique(rows // self._layout.chunk[0]).tolist())
+
+    def read_into(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Fill `out` (n, ...) with the entries of the array at `rows` (n,).
 
         Raises:
             StoreDamagedError: a shard is missing, has another size, or a checksum does not match.
         """
-        places = [divmod(row, self._layout.chunk[0]) for row in rows]
+        places = [divmod(row, self._layout.chunk[0]) for row in rows.tolist()]
         indexes = self._indexes(sorted({number for number, _ in places}))
         starts = [int(indexes[number][slot]) for number, slot in places]
         length = self._layout.row_bytes + CHECKSUM_BYTES
         records = self._fetch(
             [number for number, _ in places], starts, [start + length for start in starts]
         )
-        # Only now is it known that the files are as large as the metadata says.
-        out = np.empty((len(rows), *self._layout.shape[1:]), self._layout.dtype)
         for (number, slot), record, row in zip(places, records, out, strict=True):
             body = record[:-CHECKSUM_BYTES]
             if len(record) != length or checksum(body) != record[-CHECKSUM_BYTES:]:
                 reason = f"the checksum of its entry {slot} does not match"
                 raise damaged_shard(self._path(number), reason)
             row[...] = np.frombuffer(body, self._layout.dtype).reshape(row.shape)
-        return out
 
     def _indexes(self, numbers: list[int]) -> dict[int, NDArray[np.uint64]]:
         found = {number: self._known[number] for number in numbers if number in self._known}

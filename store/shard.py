@@ -11,6 +11,9 @@ over the rows: a SHA-256 of all bytes took two thirds of the time of writing the
 
 import hashlib
 import os
+from collections.abc import Iterable
+from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,9 @@ class ShardReader:
         start, length = index_range(layout, number)
         self._index = os.pread(self._descriptor, length, start)
         self._offsets = read_index(self._path, layout, number, self._index)
+        self._size = size
+        self.checked = np.zeros(len(self._offsets), bool)
+        """Which slots `read_into` has found sound since this file was opened."""
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -112,6 +118,38 @@ class ShardReader:
         count = os.preadv(self._descriptor, [row.data, found], int(self._offsets[slot]))
         if count != self._record_bytes or checksum(row) != found:
             raise damaged_shard(self._path, f"the checksum of its entry {slot} does not match")
+        self.checked[slot] = True
+
+    def announce(self, slots: Iterable[int]) -> None:
+        """Tell the system which slots are read next, so that it fetches them from disk at once."""
+        for slot in slots:
+            start = int(self._offsets[slot])
+            os.posix_fadvise(self._descriptor, start, self._record_bytes, os.POSIX_FADV_WILLNEED)
+
+    def refuse_cut(self) -> None:
+        """Refuse a file that was cut or made longer since it was opened; call before `copy_into`.
+
+        Raises:
+            StoreDamagedError: it has another size.
+        """
+        size = os.fstat(self._descriptor).st_size
+        if size != self._size:
+            reason = f"it had {self._size} bytes when it was opened, it has {size}"
+            raise damaged_shard(self._path, reason)
+
+    def copy_into(self, slot: int, row: NDArray[np.uint8]) -> None:
+        """Fill the bytes of a row from a slot, at the speed of memory, its checksum not compared.
+
+        The file is mapped: where it is cut short, or its disk fails, in the middle of this call,
+        the process ends with SIGBUS.
+        """
+        start = int(self._offsets[slot])
+        row[:] = self._bytes[start : start + len(row)]
+
+    @cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        # Unmapped with the last array that refers to it, so never while a thread copies from it.
+        return np.frombuffer(mmap(self._descriptor, self._size, access=ACCESS_READ), np.uint8)
 
     def digest(self) -> bytes:
         """Return the file's digest; it vouches for the rows that match their checksums."""

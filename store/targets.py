@@ -46,3 +46,16 @@ def find_array(spec: TeacherSpec, level: str, resolution: Grid | None) -> str:
             f"{stored}: choose one of these, or extract again with that resolution"
         )
     return targets[resolution]
+
+
+def value_shape(spec: TeacherSpec, level: str, resolution: Grid | None) -> tuple[int, ...]:
+    """Return the shape of one row as decoded: (H, W, C) of a level, (C,) of `global`.
+
+    Raises:
+        StoreError: there is no such level, or it is not stored at that resolution.
+    """
+    name = find_array(spec, level, resolution)
+    if name == GLOBAL and spec.global_channels is not None:
+        return (spec.global_channels,)
+    target = next(one for one in spec.targets if one.name == name)
+    return (*target.grid, target.channels)

@@ -89,7 +89,7 @@ class PhaseConfig(_Config):
     resolution: Literal["finest"] | Annotated[tuple[int, int], Field(strict=False)] = "finest"
     """Grid of the targets: the finest that is stored of each level, or the finest that is not
     larger than [height, width]."""
-    shuffle_window: int = Field(default=16, ge=1)
+    shuffle_window: int = Field(default=64, ge=1)
     """Shards of the store whose images are shuffled together: more mixes better, less lets a disk
     read in sequence; as many as there are shards is a plain permutation."""
     teachers_per_image: int | None = Field(default=None, ge=1)

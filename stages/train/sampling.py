@@ -39,7 +39,9 @@ class Shuffle:
     (for each array), and each is read once per epoch. The smaller the window, the less memory
     holds what a disk or an object store was read ahead, and the more alike are the images of a
     batch where neighbours in the store are alike. A window of all shards is a plain permutation.
-    `tests/benchmarks/shuffling.py` measures both sides.
+    Where the store is sorted by class (100,000 images, 1,000 classes, 303 images a shard), a batch
+    of 256 meets 0.26, 0.65 and 0.91 of the classes that a plain permutation shows it with windows
+    of 16, 64 and 256, and reads from 16, 62 and 142 shards (`tests/benchmarks/shuffling.py`).
     """
 
     shards: NDArray[np.int64]

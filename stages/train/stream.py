@@ -5,6 +5,7 @@ Shapes: `B` batch, `H W` image pixels, `h w` a teacher's grid, `C` its channels.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,7 +103,7 @@ class StreamSpec:
     cache_bytes: int
     resolution: Literal["finest"] | Grid = "finest"
     depth: DepthRule = "metric"
-    window: int = 16
+    window: int = 64
     """Shards that are shuffled together, see `Shuffle`."""
     teachers_per_image: int | None = None
     """Teachers drawn for each image and epoch; None: all of them."""
@@ -113,7 +114,7 @@ class TargetStream(TorchDataset[Batch]):
 
     def __init__(self, spec: StreamSpec, dataset: Dataset, store: FeatureStore) -> None:
         check_teachers_per_image(spec.teachers_per_image, spec.teachers)
-        self.spec = spec
+        self.spec, self._pin = spec, False
         self._store = store
         self.levels: dict[str, list[tuple[str, Grid]]] = {
             name: [
@@ -168,6 +169,12 @@ class TargetStream(TorchDataset[Batch]):
             },
         )
 
+    def pinned(self) -> "TargetStream":
+        """Return this stream, sharing all it keeps, with targets read into page-locked memory."""
+        other = copy(self)
+        other._pin = True
+        return other
+
     def shuffle(self) -> Shuffle:
         """Return the order of the images, which follows the shards of the targets that are read."""
         views = self._store.views.views_per_image
@@ -190,7 +197,12 @@ class TargetStream(TorchDataset[Batch]):
         }
 
     def _codes(self, teacher: str, level: str, grid: Grid, rows: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self._store.read_codes(teacher, level, rows, grid))
+        """Read rows of a level once, from the file into the memory that travels."""
+        layout = self._store.array(teacher, level, grid)
+        dtype = torch.from_numpy(np.empty(0, layout.dtype)).dtype
+        codes = torch.empty((len(rows), *layout.shape[1:]), dtype=dtype, pin_memory=self._pin)
+        self._store.read_codes_into(teacher, level, rows, codes.numpy(), grid)
+        return codes
 
     def _prepared(self, image: Tensor, epoch: int, image_id: str) -> Tensor:
         pixels = image.float() / 255
@@ -263,6 +275,6 @@ def batches(
     sampler = StepSampler(
         stream.shuffle(), batch_size=batch_size, start=start, stop=stop, rank=rank, world=world
     )
-    return (
-        load_by_processes(stream, sampler, workers, pin) if workers else load(stream, sampler, pin)
-    )
+    if workers:  # these cannot lock pages for another process: a thread of the loader copies
+        return load_by_processes(stream, sampler, workers, pin)
+    return load(stream.pinned() if pin else stream, sampler, pin)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from stages.data.config import NyudData
 from stages.data.dataset import Dataset, open_dataset
 from stages.data.images import decode_image, read_image
 from stages.data.view import Box, view_image
-from stages.train.sampling import Draw
+from stages.train.sampling import Draw, TeachersPerImageError
 from stages.train.stream import (
     Batch,
     StreamError,
@@ -23,6 +24,7 @@ from stages.train.stream import (
 )
 from store.codecs import Codes
 from store.images import ImageTable, ViewTable
+from store.layout import ArrayLayout
 from store.reader import FeatureStore
 from store.spec import Grid, LevelSpec, TeacherSpec
 from store.writer import FeatureWriter, create_store
@@ -151,22 +153,59 @@ def test_only_what_is_asked_for_is_read(
 def test_targets_not_asked_for_are_never_read(
     spec: StreamSpec, dataset: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads: list[tuple[str, str, Grid | None]] = []
-    read_codes = FeatureStore.read_codes
+    reads: list[tuple[str, str, Grid]] = []
+    read_codes_into = FeatureStore.read_codes_into
 
     def counted(
-        self: FeatureStore, teacher: str, level: str, rows: list[int], grid: Grid | None = None
-    ) -> Codes:
+        self: FeatureStore, teacher: str, level: str, rows: list[int], out: Codes, grid: Grid
+    ) -> None:
         reads.append((teacher, level, grid))
-        return read_codes(self, teacher, level, rows, grid)
+        read_codes_into(self, teacher, level, rows, out, grid)
 
-    monkeypatch.setattr(FeatureStore, "read_codes", counted)
+    monkeypatch.setattr(FeatureStore, "read_codes_into", counted)
     read(spec, dataset, store, 1, 2)
     assert reads == [("sam", "block_0", (5, 7)), ("sam", "block_1", (4, 4))]
     read(replace(spec, resolution=(2, 2)), dataset, store, 1)
     assert reads[2:] == [("sam", "block_0", (2, 2)), ("sam", "block_1", (2, 2))]
     read(replace(spec, teachers=()), dataset, store, 1)
     assert len(reads) == 4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sampled_teachers_divide_what_is_read(
+    count: int, spec: StreamSpec, dataset: Dataset, store: FeatureStore
+) -> None:
+    both = replace(spec, teachers=("dino", "sam"))
+    everything = read(both, dataset, store, *range(9))
+    stream = TargetStream(replace(both, teachers_per_image=count), dataset, store)
+    read_bytes = 0
+    for epoch in range(2):  # an image asks one teacher in the first, the other in the second
+        batch = stream.__getitems__([Draw(epoch=epoch, index=index) for index in range(9)])
+        for name, levels in batch.targets.items():
+            rows = batch.target_rows[name]
+            for level, all_of_them in zip(levels, everything.targets[name], strict=True):
+                assert level.equal(all_of_them if rows is None else all_of_them[rows])
+                read_bytes += level.nbytes
+    full = sum(level.nbytes for levels in everything.targets.values() for level in levels)
+    assert read_bytes == full * count
+    with pytest.raises(TeachersPerImageError, match="dino, sam"):
+        TargetStream(replace(both, teachers_per_image=3), dataset, store)
+
+
+def test_the_order_follows_the_shards_of_the_targets(
+    spec: StreamSpec, dataset: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = TargetStream(spec, dataset, store)
+    assert set(stream.shuffle().shards) == {0}  # all rows fit into one shard
+    array = FeatureStore.array
+
+    def cut(self: FeatureStore, *which: Any) -> ArrayLayout:
+        layout = array(self, *which)
+        return replace(layout, chunk=(4 if which[1] == "block_0" else 5, *layout.chunk[1:]))
+
+    monkeypatch.setattr(FeatureStore, "array", cut)
+    rows = [store.row(image_id) // 5 for image_id in spec.ids]  # the store is in reverse order
+    assert stream.shuffle().shards.tolist() == [row - min(rows) for row in rows]
 
 
 def test_cached_views_give_the_same_batch(
