@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.progress import Progress
 from stages.stopping import Stop, Terminated
@@ -67,6 +67,8 @@ class Loop:
         self._device = ranks.device(runtime.device)
         self._share = ranks.share(phase.batch_size, phase.accumulate)
         student = student.to(self._device).train()
+        if ranks.world > 1 and self._device.type == "cuda":  # torch has none for processors
+            nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         choose_trainable(student, phase)
         self.state = TrainingState(
             student=student,

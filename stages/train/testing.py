@@ -122,6 +122,8 @@ class Order:
     tasks: bool = False
     phase: Mapping[str, Any] = field(default_factory=dict)
     """Settings that differ from `PHASE`."""
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that differ from `CPU`."""
     kill: tuple[str, int] | None = None
     """SIGKILL to itself the n-th time that it comes to a place of `PLACES`."""
     stop_after: int | None = None
@@ -156,7 +158,7 @@ def obey(order: Order) -> None:
         teachers=tuple(TEACHERS),
         tasks=dataset.tasks if order.tasks else (),
         phase=PHASE.model_copy(update=dict(order.phase)),
-        runtime=CPU,
+        runtime=CPU.model_copy(update=dict(order.runtime)),
     )
     run.folder.mkdir(parents=True, exist_ok=True)
     stop = Stop()

@@ -9,6 +9,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from stages.train.testing import PLACES, Order, make_root, obey
 
@@ -80,3 +82,17 @@ def test_killed_at_twenty_moments(whole: Order, run: Run, seed: int) -> None:
 @pytest.mark.slow  # each loading process imports torch
 def test_resumed_with_loading_processes(whole: Order, run: Run) -> None:
     assert is_the_same_after(("gradient known", 6), whole, run, workers=2)
+
+
+@pytest.mark.slow  # the compiler takes a minute
+def test_a_compiled_student_trains_as_the_plain_one(whole: Order, run: Run) -> None:
+    """Here, in processes without the run-time types of these tests, which cannot be compiled."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    compiled = replace(whole, folder=whole.folder.with_name("compiled"), runtime={"compile": True})
+    assert run(compiled) == 0
+    weights = [load_file(order.folder / "student.safetensors") for order in (whole, compiled)]
+    shutil.rmtree(compiled.folder)
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)

@@ -214,19 +214,3 @@ def test_activation_checkpointing_gives_the_same_gradients(
     assert len(calls) == 4
     assert found == terms
     assert all(gradient[name].equal(value) for name, value in plain.items())
-
-
-@pytest.mark.slow  # the compiler takes a minute
-def test_a_compiled_student_agrees_with_the_plain_one(
-    run: TrainingRun, dataset: Dataset, store: FeatureStore
-) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
-    terms, plain = first_gradient(run, dataset, store)
-    compiled = replace(run, runtime=CPU.model_copy(update={"compile": True}))
-    found, gradient = first_gradient(compiled, dataset, store)
-    assert found == pytest.approx(terms, rel=1e-4)
-    for name, value in plain.items():
-        torch.testing.assert_close(gradient[name], value, rtol=1e-3, atol=1e-5)
-    train(compiled, dataset, store)
-    assert load_student(run.folder)
