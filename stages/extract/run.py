@@ -26,6 +26,7 @@ from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import NoProgress, Progress
 from stages.stopping import Stop
 from store.calibration import FittedTarget
+from store.equivariance import has_equivariance
 from store.locks import teacher_turn
 from store.remote import StorePath, locate
 from store.spec import TeacherSpec
@@ -204,7 +205,7 @@ class Extraction:
         path = locate(self.store_path)
         if writer.images_digest != self.rows.images.digest():
             raise ExtractionError(f"the images of {path} changed just now; run this again")
-        if self.equivariance_images and writer.missing():
+        if self.equivariance_images and not has_equivariance(path / self.spec.name):
             with teacher_turn(path / self.spec.name):
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
 
