@@ -26,7 +26,9 @@ from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import NoProgress, Progress
 from stages.stopping import Stop
 from store.calibration import FittedTarget
+from store.drift import TABLE as DRIFT_TABLE
 from store.drift import LevelDrift, read_drift
+from store.equivariance import TABLE as EQUIVARIANCE_TABLE
 from store.locks import teacher_turn
 from store.remote import StorePath, locate
 from store.spec import TeacherSpec
@@ -202,9 +204,11 @@ class Extraction:
         path = locate(self.store_path)
         if writer.images_digest != self.rows.images.digest():
             raise ExtractionError(f"the images of {path} changed just now; run this again")
-        if not writer.missing() or not (self.equivariance_images or is_low(self.spec)):
+        folder = path / self.spec.name
+        unknown = self.equivariance_images and not EQUIVARIANCE_TABLE.exists(folder)
+        if not unknown and (DRIFT_TABLE.exists(folder) or not is_low(self.spec)):
             return
-        with teacher_turn(path / self.spec.name):
+        with teacher_turn(folder):
             if self.equivariance_images:
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
             keep_drift(path, self.rows, min(self.batch_size, DRIFT_IMAGES), progress)

@@ -22,6 +22,7 @@ class Numbers(Dataset[list[int]]):
 
 
 def test_the_next_item_is_made_while_this_one_is_used() -> None:
+    before = set(threading.enumerate())
     made, used = [threading.Event() for _ in range(3)], []
 
     def source() -> Iterator[int]:
@@ -36,7 +37,7 @@ def test_the_next_item_is_made_while_this_one_is_used() -> None:
             assert not made[2].is_set()  # one ahead, not more
         used.append(number)
     assert used == [0, 1, 2]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert set(threading.enumerate()) <= before
 
 
 def test_batches_come_in_order_and_a_mistake_in_its_place() -> None:
@@ -47,10 +48,11 @@ def test_batches_come_in_order_and_a_mistake_in_its_place() -> None:
 
 
 def test_who_stops_early_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
     batches = load(Numbers(), ([number] for number in range(1000)), pin=False)
     assert next(batches) == [0]
     batches.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_mistake_in_a_process_keeps_its_text_and_says_where() -> None:

@@ -1,6 +1,7 @@
 """Reused grids lie where the changed image does, and only where the store says that they may."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,6 +248,20 @@ def test_levels_that_do_not_follow_are_refused_with_their_figures(store: Feature
 def test_teachers_that_were_not_measured_are_refused_with_the_command(store: FeatureStore) -> None:
     with pytest.raises(ReuseError, match=r"'unknown'.*sak extract-teachers unknown"):
         check_reuse(FLIP, store, ("good", "unknown"))
+
+
+def test_the_command_that_a_refusal_names_measures_a_finished_teacher(
+    dataset: Dataset, store: FeatureStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "features.zarr"
+    create_store(path, store.images, store.views)
+    teacher = Blocks(name="good", follows=True)
+    for images in (0, 2):
+        assert images == 0 or FeatureStore(path).equivariance("good") is None
+        extract_teacher(
+            path, dataset.images, SIZE, teacher, 4, 2**20, NoProgress(), equivariance_images=images
+        )
+    check_reuse(FLIP, FeatureStore(path), ("good",))
 
 
 def test_sampled_teachers_get_the_parts_of_their_images(
