@@ -199,7 +199,8 @@ def test_mended_images_are_let_in_and_computed_for_every_teacher(
     hostile: Path, tmp_path: Path
 ) -> None:
     options = ("--params", hostile)
-    assert "run `sak index` first" in sak("index", "--retry-quarantined", *options, code=2)
+    advice = f"run `sak index --params {hostile}` first"
+    assert advice in sak("index", "--retry-quarantined", *options, code=2)
     sak("index", "--max-bad", "60%", *options)
     assert sak_json("index", "--retry-quarantined", *options)["admitted"] == []
     sak("extract-teachers", "first", *options)
