@@ -215,7 +215,7 @@ def test_mended_images_are_let_in_and_computed_for_every_teacher(
     for command in (("index", "--max-bad", "60%"), ("index", "--append", "--max-bad", "60%")):
         refused = sak(*command, *options, code=2)
         assert "2 quarantined images can be read now, such as 'empty'" in refused
-        assert "`sak index --retry-quarantined` lets them in" in refused
+        assert f"`sak index --retry-quarantined --params {hostile}` lets them in" in refused
     result = sak_json("index", "--retry-quarantined", *options)
     assert result["admitted"] == ["empty", "forbidden"]
     assert len(result["quarantined"]) == len(BAD) - 2
