@@ -17,7 +17,7 @@ from store.shard import ShardWriter
 from store.statistics import Moments
 from store.teacher import QUARANTINED, VALID
 from store.teacher_layout import TeacherLayout
-from store.values import check_moments
+from store.values import check_finite, check_moments
 
 Done = TypeVar("Done")
 
@@ -42,9 +42,11 @@ class TargetWriter:
         if self.moments is None:
             return
         before = self.moments.count
-        for one in moments:
-            check_moments(self._path, one, self.moments)
-            self.moments = self.moments.merge(one)
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+            for one in moments:
+                check_moments(self._path, one, self.moments)
+                self.moments = self.moments.merge(one)
+        check_finite(self._path, self.moments)
         if self.moments.count - before != tokens:
             raise StoreError(
                 f"{self._path}: moments of {self.moments.count - before} tokens were given, the "

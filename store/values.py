@@ -109,25 +109,37 @@ def check_codes(
 
 
 def check_moments(where: object, found: Moments, like: Moments) -> None:
-    """Refuse what cannot be moments, or not of as many channels as `like`.
+    """Refuse what cannot be moments of as many channels as `like`; looks at nothing twice.
+
+    Numbers that are not finite stay so however many are merged: see `check_finite`.
 
     Raises:
-        StoreError: other shapes, co-moments where none are kept or none where they are, numbers that
-            are not finite, or sums of squares below zero.
+        StoreError: other shapes, co-moments where none are kept or none where they are, or sums of
+            squares below zero.
     """
-    shapes = [None if one is None else one.shape for one in _parts(found)]
-    expected = [None if one is None else one.shape for one in _parts(like)]
-    if shapes != expected:
+    if _shapes(found) != _shapes(like):
         raise StoreError(
-            f"{where}: expected moments (mean, M2, co-moments) {expected}, got {shapes}"
+            f"{where}: expected moments (mean, M2, co-moments) of shapes {_shapes(like)}, got "
+            f"{_shapes(found)}"
         )
-    finite = all(np.isfinite(one).all() for one in _parts(found) if one is not None)
-    if not finite or (found.m2 < 0).any() or found.count < 0:
-        raise StoreError(f"{where}: moments must be finite, and sums of squares not below zero")
+    if found.count < 0 or found.m2.min() < 0:
+        raise StoreError(f"{where}: moments must not have sums of squares below zero")
 
 
-def _parts(moments: Moments) -> list[NDArray[np.float64] | None]:
-    return [moments.mean, moments.m2, moments.comoment]
+def check_finite(where: object, found: Moments) -> None:
+    """Refuse moments with NaN or infinity.
+
+    Raises:
+        StoreError: there are some.
+    """
+    parts = (found.mean, found.m2, found.comoment)
+    if not all(np.isfinite(one).all() for one in parts if one is not None):
+        raise StoreError(f"{where}: moments must be finite")
+
+
+def _shapes(moments: Moments) -> tuple[tuple[int, ...] | None, ...]:
+    comoment = None if moments.comoment is None else moments.comoment.shape
+    return moments.mean.shape, moments.m2.shape, comoment
 
 
 def _not_finite(row: Codes, dtype: str) -> bool:
