@@ -12,6 +12,7 @@ from upath import UPath
 from store.files import partial_path, sync_folder, write_fully
 from store.remote import StorePath, missing_bucket_refused, remote_errors
 
+_FLUSHED_BYTES = 8 * 2**20
 _PART_BYTES = 8 * 2**20  # at least 5 MiB for S3, whose 10,000 parts then make 80 GB
 
 
@@ -21,6 +22,7 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._partial = partial_path(path)
+        self._written = self._flushed = 0
         self._descriptor: int | None = os.open(
             self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666
         )
@@ -29,6 +31,20 @@ class LocalFile:
         """Append one after the other."""
         assert self._descriptor is not None
         write_fully(self._descriptor, *parts)
+        self._written += sum(map(len, parts))
+        if self._written - self._flushed >= _FLUSHED_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Have the system begin to bring to the disk what was written, while more is computed.
+
+        Linux takes this advice so; `sync` then waits for little. Elsewhere it waits for all.
+        """
+        assert self._descriptor is not None
+        if hasattr(os, "posix_fadvise"):
+            length = self._written - self._flushed
+            os.posix_fadvise(self._descriptor, self._flushed, length, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._written
 
     def sync(self) -> None:
         """Make durable what was written; nothing can be appended any more."""
