@@ -1,7 +1,9 @@
 """What becomes of an exception: a user's mistake is a message, a fault of ours keeps its traceback."""
 
 import re
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any
 
 from typer import Exit
@@ -48,7 +50,9 @@ class GuardedGroup(TyperGroup):
 
     def _with_params(self, message: str, arguments: Sequence[str]) -> str:
         """Give each command that a message advises the parameter file that this one was given."""
-        given = re.search(r"(?<!\S)--params[= ](\S+)", " ".join(arguments))
+        parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--params")
+        given = parser.parse_known_args(arguments)[0].params
         if given is None:
             return message
         takers = [
@@ -57,4 +61,4 @@ class GuardedGroup(TyperGroup):
             if any(one.name == "params" and one.default is not None for one in command.params)
         ]
         advised = rf"`(sak (?:{'|'.join(takers)})\b[^`]*)`"
-        return re.sub(advised, lambda found: f"`{found[1]} --params {given[1]}`", message)
+        return re.sub(advised, lambda found: f"`{found[1]} --params {quote(given)}`", message)

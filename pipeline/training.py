@@ -103,7 +103,7 @@ def _require_asked_teachers(params: Params, run: TrainingRun, store: FeatureStor
                 f"the features of '{name}' in {params.store} were written under other settings:\n"
                 + "\n".join(difference(stored, asked))
                 + "\n"
-                f"correct the parameter file, or run: sak extract-teachers {name} --replace"
+                f"correct the parameter file, or run `sak extract-teachers {name} --replace`"
             )
 
 

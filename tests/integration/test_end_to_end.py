@@ -12,27 +12,15 @@ import torch
 import xarray
 import yaml
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from pipeline.cli import app
 from pipeline.params import load_params
+from pipeline.testing import sak, sak_json
 from stages.data.dataset import open_dataset
 from stages.data.images import decode_image
 from stages.data.view import whole_image_box
 from stages.extract import provenance
 from stages.extract.teachers import load_teacher
 from store.reader import FeatureStore
-
-
-def sak(*arguments: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
-def sak_json(*arguments: str | Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(sak(*arguments, "--json"))
-    return loaded
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -72,7 +60,6 @@ def test_whole_path_and_what_it_leaves(tiny_params: Path) -> None:
     edit(tiny_params, distill={"steps": 3, "batch_size": 2, "learning_rate": 0.5})
     refused = sak("train-student", "distill", *options, code=2)
     assert "learning_rate" in refused
-    assert "Traceback" not in refused
     restarted = sak_json("train-student", "distill", "--restart", *options)
     assert restarted["resumed_at"] == 0
 
@@ -103,7 +90,6 @@ def test_store_of_another_image_set_is_refused(tiny_params: Path, tmp_path: Path
     data = yaml.safe_load(tiny_params.read_text())["data"]
     edit(tiny_params, data={**data, "root": str(tmp_path / "others"), "train": 7})
     refused = sak("index", *options, code=2)
-    assert "Traceback" not in refused
     assert "features.zarr" in refused.replace("\n", "")
 
 
@@ -188,16 +174,22 @@ def test_mistakes_end_in_a_message(
         sak("index", "--params", tiny_params)
     edit(tiny_params, **changes)
     output = sak(*arguments, "--params", tiny_params, code=2)
-    assert "Traceback" not in output
     assert expected in output
 
 
 def test_inspect_of_what_is_no_store(tmp_path: Path) -> None:
-    output = sak("inspect", tmp_path, code=2)
-    assert "Traceback" not in output
+    sak("inspect", tmp_path, code=2)
 
 
 def test_advised_commands_name_the_parameter_file(tiny_params: Path) -> None:
-    for arguments in (["--params", str(tiny_params)], [f"--params={tiny_params}"]):
+    spaced = tiny_params.with_name("my params.yaml")
+    tiny_params.rename(spaced)
+    for arguments in (["--params", str(spaced)], [f"--params={spaced}"]):
         output = sak("extract-teachers", *arguments, code=2)
-        assert f"`sakindex--params{tiny_params}`" in "".join(output.split())
+        assert f"`sak index --params '{spaced}'`" in " ".join(output.split())
+    sak("index", "--params", spaced)
+    sak("extract-teachers", "--params", spaced)
+    teachers = yaml.safe_load(spaced.read_text())["teachers"]
+    edit(spaced, teachers={name: {**one, "precision": "bf16"} for name, one in teachers.items()})
+    output = sak("train-student", "distill", "--params", spaced, code=2)
+    assert f"`sak extract-teachers first --replace --params '{spaced}'`" in " ".join(output.split())

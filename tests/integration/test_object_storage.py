@@ -6,16 +6,9 @@ from pathlib import Path
 import boto3
 import numpy as np
 import yaml
-from typer.testing import CliRunner
 
-from pipeline.cli import app
+from pipeline.testing import sak
 from store.reader import FeatureStore
-
-
-def sak(*arguments: str | Path, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def test_commands_take_a_url(s3_endpoint: str, tiny_params: Path, tmp_path: Path) -> None:
