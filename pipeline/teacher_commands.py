@@ -19,7 +19,11 @@ class ListingGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=ListingGroup, help="List teachers, which is what it does alone, or try one.")
+app = typer.Typer(
+    cls=ListingGroup,
+    help="List teachers, which is what it does alone, or try one.",
+    epilog="Example: sak teachers --json",
+)
 
 
 @app.command("list", epilog="Example: sak teachers")
