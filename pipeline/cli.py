@@ -274,15 +274,31 @@ def gc(
     console.show("garbage", result, as_json)
 
 
-@app.command(epilog="Example: sak probe --json")
-def probe(params: ParamsFile = DEFAULT_PARAMS, as_json: AsJson = False) -> None:
-    """Linear probe per teacher, level and task, straight from the store."""
+@app.command(
+    epilog="Example: sak probe; sak probe classes --student artifacts/runs/distill; sak probe "
+    "fidelity --student artifacts/runs/distill"
+)
+def probe(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="dense: linear probes of the tasks; classes: neighbours and linear probe where "
+            "folders are classes; fidelity: a student's paths against their teachers; rank: RankMe."
+        ),
+    ] = "dense",
+    student: Annotated[
+        Path | None, typer.Option(help="Folder of a trained student to probe, not the store.")
+    ] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    as_json: AsJson = False,
+) -> None:
+    """Say what frozen features know, per teacher and level: of the store, or of a student."""
     from pipeline import probing
     from pipeline.params import load_params
 
     with console.progress_bar(not as_json) as bar:
-        result = probing.probe(load_params(params), bar)
-    console.show("linear probe", result, as_json)
+        result = probing.probe(load_params(params), what, student, bar)
+    console.show(f"probe: {what}", result, as_json)
 
 
 @app.command(epilog="Example: sak doctor --json; exit code 3: a check failed")

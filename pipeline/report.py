@@ -1,8 +1,11 @@
 """What a command that looks has to show."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,3 +30,13 @@ def two_columns(values: Mapping[str, Any], prefix: str = "") -> Report:
         else:
             rows.append((label, value))
     return Report(columns=("what", "value"), rows=tuple(rows), data=dict(values))
+
+
+def records(lines: "Sequence[DataclassInstance]", *remarks: str) -> Report:
+    """Lay out dataclass instances of one kind, a row each; there must be one."""
+    return Report(
+        columns=tuple(field.name.replace("_", " ") for field in fields(lines[0])),
+        rows=tuple(tuple(asdict(line).values()) for line in lines),
+        data={"scores": [asdict(line) for line in lines]},
+        remarks=remarks,
+    )

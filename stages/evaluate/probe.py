@@ -1,7 +1,7 @@
-"""Linear probes straight from a finished store: what each teacher's levels know of each task.
+"""Linear probes of dense tasks: what each level of a teacher, or of a student, knows of each task.
 
-For every teacher, level and task a ridge regression maps the stored features of the training
-images, standardised with the store's own statistics, to the labels on the level's grid: classes
+For every teacher, level and task a ridge regression maps the standardised features of the training
+images, straight from a finished store or from a student, to the labels on the level's grid: classes
 as one-hot vectors, depth and normals as they are, boundary as 1 where any pixel of the cell lies
 on one. On the validation images the predictions of every grid are brought, bilinearly, to one
 raster of a quarter of the view's size and are measured there, so that coarse and fine grids,
@@ -13,25 +13,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stages.data.dataset import Dataset
 from stages.data.tasks import Task
+from stages.evaluate.features import FeatureSource, Key
 from stages.evaluate.metrics import TaskMetric, build_metric
-from stages.evaluate.probe_inputs import CLASS_TASKS, FeatureReader, LabelReader, resize, targets
+from stages.evaluate.probe_inputs import CLASS_TASKS, LabelReader, ProbeFeatures, resize, targets
 from stages.evaluate.ridge import RidgeRegression
+from stages.evaluate.splits import Splits
 from stages.evaluate.thresholds import AveragePrecision, MeanAveragePrecision
 from stages.progress import Progress
-from store.reader import FeatureStore
+from store.spec import Grid
 
 RASTER_STRIDE = 4
 """Predictions are measured at every fourth row and column of the view."""
 
 
 class ProbeError(ValueError):
-    """A store and a data set that no probe can be computed from."""
+    """Features and a data set that no probe can be computed from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,38 +93,37 @@ class ProbeTable:
 
 
 def probe(
-    store: FeatureStore,
+    source: FeatureSource,
     dataset: Dataset,
+    splits: Splits,
     *,
     ridge: float,
     batch_size: int,
+    image_size: Grid,
     device: torch.device,
     progress: Progress,
 ) -> ProbeTable:
-    """Probe every finished teacher of a store on every task of a data set.
+    """Probe every level of a source on every task of a data set.
 
-    Fits on split `train`, measures on `val`, on the images that are valid for all teachers. Only
-    one batch of features is in memory at a time. `ridge` is the penalty relative to features of
-    variance 1, for example 1e-3.
+    Fits on the training images, measures on the others. Only one batch of features is in memory
+    at a time. `ridge` is the penalty relative to features of variance 1, for example 1e-3.
 
     Raises:
-        ProbeError: no finished teacher, no task, or a split without a valid image.
+        ProbeError: nothing to probe, or no task.
         StoreError: an image of the data set is not in the store.
         LabelError: a label is missing or wrong.
     """
-    if not store.teachers or not dataset.tasks:
+    if not source.grids or not dataset.tasks:
         raise ProbeError(
-            f"a probe needs finished teachers and labelled tasks; the store has "
-            f"{sorted(store.teachers)}, the data set {[task.name for task in dataset.tasks]}; run "
-            "`sak extract-teachers` on a labelled data set first"
+            f"a probe needs finished teachers and labelled tasks; got "
+            f"{sorted({name for name, _ in source.grids})} and "
+            f"{[task.name for task in dataset.tasks]}; run `sak extract-teachers` on a labelled "
+            "data set first"
         )
-    train, val = (_valid_ids(store, dataset, split) for split in ("train", "val"))
-    progress.start("probe", len(store.teachers) * (len(train) + len(val)))
-    scores: list[ProbeScore] = []
-    for teacher in store.teachers:
-        probed = _Probe(store, dataset, teacher, batch_size, device, progress)
-        probed.fit(train, ridge)
-        scores += probed.measure(val)
+    progress.start("probe", len(splits.train) + len(splits.val))
+    probed = _Probe(ProbeFeatures(source), dataset, image_size, batch_size, device, progress)
+    probed.fit(splits.train, ridge)
+    scores = probed.measure(splits.val)
     metrics = {task.name: task.metric for task in dataset.tasks}
     lower = {task.name: task.lower_is_better for task in dataset.tasks}
     for name in metrics.keys() & {*CLASS_TASKS, "boundary"}:
@@ -132,42 +132,41 @@ def probe(
         scores=tuple(scores),
         metrics=metrics,
         lower_is_better=lower,
-        train_images=len(train),
-        val_images=len(val),
+        train_images=len(splits.train),
+        val_images=len(splits.val),
         ridge=ridge,
     )
 
 
 class _Probe:
-    """All levels and tasks of one teacher."""
+    """All levels and tasks of a source."""
 
     def __init__(
         self,
-        store: FeatureStore,
+        features: ProbeFeatures,
         dataset: Dataset,
-        teacher: str,
+        image_size: Grid,
         batch_size: int,
         device: torch.device,
         progress: Progress,
     ) -> None:
-        self._dataset, self._teacher, self._batch_size = dataset, teacher, batch_size
-        self._features = FeatureReader(store, teacher, device)
-        self._image_size, self._device, self._progress = store.views.image_size, device, progress
-        self._weights: dict[tuple[str, str], Tensor] = {}
+        self._features, self._dataset, self._batch_size = features, dataset, batch_size
+        self._image_size, self._device, self._progress = image_size, device, progress
+        self._weights: dict[tuple[Key, str], Tensor] = {}
 
     def fit(self, ids: Sequence[str], ridge: float) -> None:
         """Solve one regression per level and task; without a label there is none."""
-        keys = [(level, task) for level in self._features.grids for task in self._dataset.tasks]
+        keys = [(key, task) for key in self._features.grids for task in self._dataset.tasks]
         sizes = self._features.sizes
         regressions = {
-            (level, task.name): RidgeRegression(sizes[level], task.channels, self._device)
-            for level, task in keys
+            (key, task.name): RidgeRegression(sizes[key], task.channels, self._device)
+            for key, task in keys
         }
         for features, labels in self._batches(ids):
-            for level, task in keys:
-                label = labels.on(task.name, self._features.grids[level]).to(self._device)
+            for key, task in keys:
+                label = labels.on(task.name, self._features.grids[key]).to(self._device)
                 target, valid = targets(task, label)
-                regressions[level, task.name].add(features[level][valid], target[valid])
+                regressions[key, task.name].add(features[key][valid], target[valid])
         self._weights = {
             key: regression.solve(ridge)
             for key, regression in regressions.items()
@@ -179,24 +178,24 @@ class _Probe:
         height, width = self._image_size
         raster = (max(1, height // RASTER_STRIDE), max(1, width // RASTER_STRIDE))
         metrics = {
-            (level, task.name): probe_metric(task)
-            for level in self._features.grids
+            (key, task.name): probe_metric(task)
+            for key in self._features.grids
             for task in self._dataset.tasks
         }
         for features, labels in self._batches(ids):
-            for (level, task), weights in self._weights.items():
-                scores = resize(features[level] @ weights, raster).movedim(-1, 1)
-                metrics[level, task].update(scores, labels.on(task, raster).to(self._device))
+            for (key, task), weights in self._weights.items():
+                scores = resize(features[key] @ weights, raster).movedim(-1, 1)
+                metrics[key, task].update(scores, labels.on(task, raster).to(self._device))
         return [
-            ProbeScore(teacher=self._teacher, level=level, task=task, value=metric.compute())
-            for (level, task), metric in metrics.items()
+            ProbeScore(teacher=key[0], level=key[1], task=task, value=metric.compute())
+            for (key, task), metric in metrics.items()
         ]
 
-    def _batches(self, ids: Sequence[str]) -> Iterator[tuple[dict[str, Tensor], LabelReader]]:
+    def _batches(self, ids: Sequence[str]) -> Iterator[tuple[dict[Key, Tensor], LabelReader]]:
         for start in range(0, len(ids), self._batch_size):
             chunk = ids[start : start + self._batch_size]
             yield self._features.read(chunk), LabelReader(self._dataset, chunk, self._image_size)
-            self._progress.advance(len(chunk), self._teacher)
+            self._progress.advance(len(chunk))
 
 
 def probe_metric(task: Task) -> TaskMetric:
@@ -206,14 +205,3 @@ def probe_metric(task: Task) -> TaskMetric:
     if task.name == "boundary":
         return AveragePrecision()
     return build_metric(task)
-
-
-def _valid_ids(store: FeatureStore, dataset: Dataset, split: str) -> tuple[str, ...]:
-    valid = np.logical_and.reduce([store.valid(teacher) for teacher in store.teachers])
-    ids = tuple(i for i in dataset.split(split) if valid[store.row(i)])
-    if not ids:
-        raise ProbeError(
-            f"no image of split '{split}' has features of every teacher; `sak inspect` shows which "
-            "ones were quarantined and why"
-        )
-    return ids

@@ -1,4 +1,4 @@
-"""What a linear probe sees: standardised features of a store, and labels on any grid.
+"""What a linear probe sees: standardised features, and labels on any grid.
 
 Letters: B batch, h w a level's grid, F its channels and a constant, K outputs of a task.
 """
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from stages.data.dataset import Dataset
 from stages.data.tasks import IGNORE, Task
 from stages.data.view import Box, view_label
+from stages.evaluate.features import FeatureSource, Key
 from stages.evaluate.metrics import MAX_DEPTH
-from store.reader import FeatureStore
+from store.spec import Grid
 
 ALL_LEVELS = "all"
 """Name of the concatenation of a teacher's levels."""
@@ -24,38 +25,43 @@ CLASS_TASKS = ("segmentation", "parts", "saliency")
 _SMALLEST_DEVIATION = 1e-6  # a constant channel stays 0 instead of becoming 0 / 0
 
 
-class FeatureReader:
-    """Reads a teacher's levels, standardised, with the constant as last channel."""
+class ProbeFeatures:
+    """Standardised levels of a source, with the constant as last channel.
 
-    def __init__(self, store: FeatureStore, teacher: str, device: torch.device) -> None:
-        levels = store.teachers[teacher].levels
-        self._store, self._teacher, self._device = store, teacher, device
-        self._joined = len(levels) > 1
-        self._moments = {}
-        for level in levels:
-            statistics = store.statistics(teacher, level.name)
-            deviation = np.sqrt(statistics.variance).clip(min=_SMALLEST_DEVIATION)
-            self._moments[level.name] = tuple(
-                torch.from_numpy(v.astype(np.float32)).to(device)
-                for v in (statistics.mean, deviation)
-            )
-        self.grids = {level.name: level.stored[0] for level in levels}
-        self.sizes = {level.name: level.channels + 1 for level in levels}
-        if self._joined:
-            self.grids[ALL_LEVELS] = sorted(self.grids.values(), key=math.prod)[len(levels) // 2]
-            self.sizes[ALL_LEVELS] = sum(level.channels for level in levels) + 1
+    Where a teacher has several levels, `all` joins them on their median grid.
+    """
 
-    def read(self, ids: Sequence[str]) -> dict[str, Float[Tensor, "B _ _ _"]]:
+    def __init__(self, source: FeatureSource) -> None:
+        self._source = source
+        self._moments = {
+            key: (mean, deviation.clamp(min=_SMALLEST_DEVIATION))
+            for key in source.grids
+            for mean, deviation in (source.moments(key),)
+        }
+        self.grids: dict[Key, Grid] = dict(source.grids)
+        self.sizes = {key: channels + 1 for key, channels in source.channels.items()}
+        self._joined = self._groups()
+        for name, keys in self._joined.items():
+            grids = sorted((source.grids[key] for key in keys), key=math.prod)
+            self.grids[name, ALL_LEVELS] = grids[len(keys) // 2]
+            self.sizes[name, ALL_LEVELS] = sum(source.channels[key] for key in keys) + 1
+
+    def read(self, ids: Sequence[str]) -> dict[Key, Float[Tensor, "B _ _ _"]]:
         """Return `B h w F` per level, and for all levels joined when there are several."""
-        rows = [self._store.row(image_id) for image_id in ids]
         levels = {}
-        for name, (mean, deviation) in self._moments.items():
-            stored = torch.from_numpy(self._store.read(self._teacher, name, rows))
-            levels[name] = (stored.to(self._device).float() - mean) / deviation
-        if self._joined:
-            grid = self.grids[ALL_LEVELS]
-            levels[ALL_LEVELS] = torch.cat([resize(x, grid) for x in levels.values()], dim=-1)
-        return {name: F.pad(x, (0, 1), value=1.0) for name, x in levels.items()}
+        for key, values in self._source.read(ids).items():
+            mean, deviation = self._moments[key]
+            levels[key] = (values - mean) / deviation
+        for name, keys in self._joined.items():
+            grid = self.grids[name, ALL_LEVELS]
+            levels[name, ALL_LEVELS] = torch.cat([resize(levels[k], grid) for k in keys], dim=-1)
+        return {key: F.pad(x, (0, 1), value=1.0) for key, x in levels.items()}
+
+    def _groups(self) -> dict[str, list[Key]]:
+        groups: dict[str, list[Key]] = {}
+        for key in self._source.grids:
+            groups.setdefault(key[0], []).append(key)
+        return {name: keys for name, keys in groups.items() if len(keys) > 1}
 
 
 class LabelReader:

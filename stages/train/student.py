@@ -35,6 +35,8 @@ PARTS = {
     "mor": "routers",
     "heads": "heads",
 }
+STEM = "stem"
+"""Name of the stem among the representations; the others are named after teachers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +145,24 @@ class Student(nn.Module):
             tasks[name] = head([to_grid(level[name], grid) for level in levels], (height, width))
         return StudentOutput(paths=paths, tasks=tasks)
 
+    def representations(self, images: Tensor, aligned: bool = False) -> dict[str, list[Tensor]]:
+        """Return `stem` and each path, per tapped block `B h w D`: what the routers mix.
+
+        With `aligned`, paths pass their aligners, where there are any, into the teacher's width.
+
+        Raises:
+            StudentError: H or W is no multiple of the patch size.
+        """
+        tokens = self._represent(images)
+        grid = self.vit.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        if aligned:
+            paths = self._aligned(tokens, grid)
+        else:
+            paths = {
+                name: [to_grid(x, grid) for x in levels] for name, levels in tokens.paths.items()
+            }
+        return {STEM: [to_grid(level, grid) for level in tokens.stem], **paths}
+
     @torch.no_grad()
     def gates(self, images: Tensor) -> dict[str, Tensor]:
         """Return each task's gates `B levels E` (the stem first, then the teachers in order).
@@ -224,10 +244,11 @@ def build_student(
     vit = create_stem(config, image_size)
     levels = tapped_blocks(config.levels, len(vit.blocks))
     for name, channels in teachers.items():
-        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) is None or hasattr(nn.ModuleDict, name):
+        good = re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) is not None and name != STEM
+        if not good or hasattr(nn.ModuleDict, name):
             raise StudentError(
                 f"teacher name {name!r} cannot be used: expected a letter, then letters, digits, "
-                "'_' or '-', and no Python method name; rename it under `teachers`"
+                f"'_' or '-', no Python method name and not '{STEM}'; rename it under `teachers`"
             )
         if len(channels) != len(levels):
             raise StudentError(

@@ -14,9 +14,11 @@ import torch
 from stages.data.dataset import Dataset
 from stages.data.sources import ImageSource
 from stages.data.tasks import NYUD_TASKS, PASCAL_TASKS, Task
+from stages.evaluate.features import StoreFeatures
 from stages.evaluate.probe import ProbeError, ProbeScore, ProbeTable, probe, probe_metric
-from stages.evaluate.probe_inputs import FeatureReader, LabelReader, resize, targets
+from stages.evaluate.probe_inputs import LabelReader, ProbeFeatures, resize, targets
 from stages.evaluate.ridge import RidgeRegression
+from stages.evaluate.splits import SplitError, labelled_splits
 from stages.progress import NoProgress
 from store.errors import StoreError
 from store.images import ImageTable, ViewTable
@@ -130,7 +132,16 @@ def write_store(
 
 
 def run(store: FeatureStore, data: Dataset, batch_size: int = 5) -> ProbeTable:
-    return probe(store, data, ridge=1e-6, batch_size=batch_size, device=CPU, progress=NoProgress())
+    return probe(
+        StoreFeatures(store, CPU),
+        data,
+        labelled_splits(store, data, tuple(store.teachers)),
+        ridge=1e-6,
+        batch_size=batch_size,
+        image_size=SIZE,
+        device=CPU,
+        progress=NoProgress(),
+    )
 
 
 def level(task: str | None, grid: tuple[int, int] = GRID) -> dict[str, npt.NDArray[np.float32]]:
@@ -191,9 +202,9 @@ def test_coarse_and_fine_grids_meet_on_one_raster(tmp_path: Path) -> None:
         "coarse": level(None, (2, 3)),
     }
     store = write_store(tmp_path / "store", {"pyramid": levels})
-    reader = FeatureReader(store, "pyramid", CPU)
-    assert reader.grids["all"] == GRID
-    assert reader.read(TRAIN[:2])["all"].shape == (2, *GRID, 3 + 3 + 3 + 1)
+    features = ProbeFeatures(StoreFeatures(store, CPU))
+    assert features.grids["pyramid", "all"] == GRID
+    assert features.read(TRAIN[:2])["pyramid", "all"].shape == (2, *GRID, 3 + 3 + 3 + 1)
     table = run(store, data)
     assert {score.level for score in table.scores} == {"fine", "middle", "coarse", "all"}
     assert table.best()["saliency"].level == "middle"
@@ -202,7 +213,8 @@ def test_coarse_and_fine_grids_meet_on_one_raster(tmp_path: Path) -> None:
 def test_features_are_standardised_with_a_constant_last(tmp_path: Path) -> None:
     dataset("depth")
     store = write_store(tmp_path / "store", {"one": {"only": level("depth")}})
-    features = FeatureReader(store, "one", CPU).read((*TRAIN, *VAL))["only"].flatten(0, 2)
+    read = ProbeFeatures(StoreFeatures(store, CPU)).read((*TRAIN, *VAL))
+    features = read["one", "only"].flatten(0, 2)
     torch.testing.assert_close(features[:, 0].mean(), torch.tensor(0.0), atol=1e-3, rtol=0)
     torch.testing.assert_close(features[:, 0].std(), torch.tensor(1.0), atol=1e-2, rtol=0)
     assert (features[:, 1] == 0).all()  # a channel that never changes
@@ -258,17 +270,17 @@ def test_best_is_the_lowest_where_lower_is_better() -> None:
 def test_nothing_to_probe(tmp_path: Path) -> None:
     data = dataset("depth")
     empty = write_store(tmp_path / "empty", {})
-    with pytest.raises(ProbeError, match=r"store has \[\], the data set \['depth'\]"):
+    with pytest.raises(ProbeError, match=r"got \[\] and \['depth'\]"):
         run(empty, data)
     store = write_store(tmp_path / "store", {"one": {"only": level("depth")}})
-    with pytest.raises(ProbeError, match=r"store has \['one'\], the data set \[\]"):
+    with pytest.raises(ProbeError, match=r"got \['one'\] and \[\]"):
         run(store, dataset())
 
 
 def test_split_without_valid_image(tmp_path: Path) -> None:
     data = dataset("depth")
     store = write_store(tmp_path / "store", {"one": {"only": level("depth")}}, bad=VAL)
-    with pytest.raises(ProbeError, match="no image of split 'val'"):
+    with pytest.raises(SplitError, match="no image of split 'val'"):
         run(store, data)
 
 
