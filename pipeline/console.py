@@ -1,8 +1,9 @@
 """Progress bars, tables and messages: the only module that imports rich."""
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -62,7 +63,7 @@ def show(title: str, report: Report, as_json: bool) -> None:
     """Print a result on standard output: a table for people or one JSON object for machines."""
     output = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     if as_json:
-        output.print_json(json.dumps(report.data, default=str))
+        output.print_json(json.dumps(_without_nan(report.data), default=str, allow_nan=False))
         return
     table = Table(title=title, title_justify="left")
     for column in report.columns:
@@ -72,6 +73,17 @@ def show(title: str, report: Report, as_json: bool) -> None:
     output.print(table)
     for remark in report.remarks:
         output.print(remark, style="dim", markup=False, soft_wrap=True)
+
+
+def _without_nan(value: object) -> object:
+    """Say "nan", "inf" or "-inf" as text, for JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return value
 
 
 def fail(message: str) -> None:

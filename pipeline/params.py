@@ -91,6 +91,12 @@ def _describe(details: ErrorDetails, schema: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(str(details["loc"][-1]), known, n=1, cutoff=0.5)
         advice = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
         return f"  {where}: unknown key; {advice}"
+    if where == "teachers":
+        return (
+            f"  teachers: name at least one, got {got!r}; for example\n"
+            '    teachers: {dinov2: {source: "timm:vit_base_patch14_dinov2.lvd142m"}}\n'
+            "  (`sak teachers` lists more)"
+        )
     if details["type"] == "missing":
         return f"  {where}: missing"
     message = f"  {where}: {details['msg']}, got {got!r}"
@@ -115,5 +121,8 @@ def _known_names(schema: Mapping[str, Any], location: tuple[int | str, ...]) -> 
 
 
 def _resolve(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, Any]:
+    for option in node.get("anyOf", ()):  # what may be null, too
+        if "$ref" in option:
+            node = option
     reference = node.get("$ref")
     return schema["$defs"][reference.rsplit("/", 1)[-1]] if reference else node

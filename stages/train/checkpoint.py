@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from stages.train.files import load_whole, write_atomically
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(ValueError):
@@ -34,8 +34,8 @@ class TrainingState:
     """Sums of the losses since the last row of the log."""
     average: AveragedModel | None = None
     """Moving average of the student."""
-    best: tuple[float, int] | None = None
-    """Lowest value of the column that `keep_best` names, and the step of its checkpoint."""
+    best: tuple[str, float, int] | None = None
+    """The column that `keep_best` names, its lowest value, and the step of that checkpoint."""
 
 
 def save_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
@@ -67,7 +67,8 @@ def load_checkpoint(path: Path, state: TrainingState, identity: Mapping[str, Any
         listed = "\n  ".join(lines)
         raise CheckpointError(
             f"{path} belongs to another run; it differs in:\n  {listed}\n"
-            f"Restore these settings to resume it, or delete {path.parent} to start again"
+            "Restore these settings to resume it, or give --restart: it deletes the checkpoints in "
+            f"{path.parent} and starts again"
         )
     state.student.load_state_dict(payload["student"])
     state.optimizer.load_state_dict(payload["optimizer"])

@@ -54,9 +54,9 @@ class ReuseConfig(_Config):
     """Changes of stored views whose stored grids are changed alike, though the teacher would answer
     otherwise: only where every level's measured cosine is at least the number given."""
 
-    flip: float | None = Field(default=None, ge=-1, le=1)
+    flip: float | None = Field(default=None, gt=0, le=1)
     """Mirror an image with probability one half. Needs this mean cosine under `flip`."""
-    crop: float | None = Field(default=None, ge=-1, le=1)
+    crop: float | None = Field(default=None, gt=0, le=1)
     """Show a part of each image, half of its sides to all. Needs this under `crop` and `scale`."""
 
     @property
@@ -74,8 +74,8 @@ class PhaseConfig(_Config):
     """Images per step, of all processes together."""
     accumulate: int = Field(default=1, ge=1)
     """Parts that each process's share of a step is computed in, one after the other, to save
-    memory. The gradient is the mean of the parts'; means over labelled pixels and batch
-    normalisation see a part at a time."""
+    memory. The gradient is the mean of the parts'; means over labelled pixels, batch
+    normalisation and the routers' noise are of a part at a time."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     learning_rate_start: float = Field(default=1.25e-7, ge=0)
@@ -159,5 +159,7 @@ class RuntimeConfig(_Config):
     activation_checkpointing: bool = False
     """Compute the stem's blocks a second time in the backward pass instead of keeping what they
     made: less memory, about a third more time, the same gradients."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
+    trackers: Annotated[
+        tuple[Literal["dvclive", "tensorboard", "wandb"], ...], Field(strict=False)
+    ] = ()
     """Where the rows of `log.csv` also go; each is an optional extra of this package."""

@@ -76,8 +76,9 @@ def bad_step_message(step: int, names: list[str], batch: Batch, path: Path) -> s
     return (
         f"step {step}: {', '.join(names)} not finite, on images {', '.join(batch.ids)}. No weight "
         f"was touched; batch and weights are in {path}, and the same command with `--replay {path}` "
-        "computes that step again and shows each term. Lower the learning rate, set gradient_clip, "
-        "use precision fp32, or look at these images' labels"
+        "computes that step again and shows each term. Look at these images' labels; or lower the "
+        "learning rate, set gradient_clip or use precision fp32, and train again with --restart, "
+        "since checkpoints go on under their own settings only"
     )
 
 

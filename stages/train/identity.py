@@ -23,7 +23,10 @@ FREE_TO_CHANGE = {
     "keep_best",
     "cache_megabytes",
 }
-"""Settings that may differ between a run and its resumption."""
+"""Settings that may differ between a run and its resumption. All but `accumulate` change no number;
+that one, as the number of ranks, the device and `compile`, changes rounding, the noise of routers
+and what batch normalisation sees at once, but neither the images of a step nor the expectation of
+its gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,7 @@ def identity_of(
     specs: Mapping[str, TeacherSpec],
     ids: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Everything that decides the numbers of a run; a checkpoint is only resumed under the same."""
+    """Everything that decides what a run learns; a checkpoint is only resumed under the same."""
     origin = "" if run.initialise_from is None else _digest(run.initialise_from / WEIGHTS)
     return {
         "build": description.to_json(),

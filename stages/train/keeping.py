@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from stages.train.checkpoint import (
     save_checkpoint,
 )
 from stages.train.files import DamagedFileError
+from store.errors import nearest
 from store.files import remove_partials
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
@@ -23,6 +24,18 @@ logger = logging.getLogger(__name__)
 
 class NoSuchColumnError(ValueError):
     """`keep_best` names a value that is not logged."""
+
+
+def check_keep_best(name: str | None, columns: Sequence[str]) -> None:
+    """Refuse a `keep_best` that is not among the losses that will be logged.
+
+    Raises:
+        NoSuchColumnError: with the nearest name.
+    """
+    if name is not None and name not in columns:
+        raise NoSuchColumnError(
+            f"keep_best: no loss {name!r} will be logged; {nearest(name, columns)}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +72,13 @@ class Checkpoints:
         """Write a checkpoint atomically, then remove those that need not be kept.
 
         Those of later steps go too: a run that went on from an earlier one found them damaged.
-
-        Raises:
-            NoSuchColumnError: `keep_best` is not a column of `logged`, the newest row.
         """
         self._judge(state, logged)
         save_checkpoint(self._path(state.step), state, self.identity)
         past = [path for path in self._paths() if _step(path) <= state.step]
         kept = {*past[-self.keep_last :]}
         if state.best is not None:
-            kept.add(self._path(state.best[1]))
+            kept.add(self._path(state.best[2]))
         for path in self._paths():
             if path not in kept:
                 path.unlink()
@@ -78,15 +88,13 @@ class Checkpoints:
         remove_partials(self.folder)
 
     def _judge(self, state: TrainingState, logged: Mapping[str, float]) -> None:
+        if state.best is not None and state.best[0] != self.keep_best:
+            state.best = None  # of a column that was asked for before this process
         if self.keep_best is None or not logged:
             return
-        if self.keep_best not in logged:
-            raise NoSuchColumnError(
-                f"keep_best: no value {self.keep_best!r} is logged; there are: {', '.join(logged)}"
-            )
         value = logged[self.keep_best]
-        if state.best is None or value < state.best[0]:
-            state.best = (value, state.step)
+        if state.best is None or value < state.best[1]:
+            state.best = (self.keep_best, value, state.step)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step:08d}.pt"

@@ -2,35 +2,36 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from stages.train.files import write_atomically
-from stages.train.trackers import Tracker
+
+Tracker = Callable[[Mapping[str, float]], None]
+"""Takes a row of the log; `step` is one of its columns."""
 
 
 class TrainingLog:
     """Appends rows to a CSV file whose columns are fixed by its first row.
 
-    Opening it at a step drops the rows of later steps, and a row cut short by a crash. Rows go to
-    the trackers as well.
+    Opening it at a step drops the rows of later steps, and a row cut short by a crash.
     """
 
-    def __init__(
-        self, path: Path | None, resumed_step: int, trackers: Sequence[Tracker] = ()
-    ) -> None:
+    def __init__(self, path: Path | None, resumed_step: int) -> None:
         """Open the log at a step; without a path it only remembers its newest row."""
-        self._path, self._trackers = path, tuple(trackers)
+        self._path = path
+        self.trackers: Sequence[Tracker] = ()
+        """Who gets each new row as well."""
         rows = [] if path is None else _rows_until(path, resumed_step)
         if path is not None:
             text = io.StringIO()
             csv.writer(text).writerows(rows)
             write_atomically(path, lambda temporary: _write_text(temporary, text.getvalue()))
         self._columns = rows[0] if rows else []
-        self.last: dict[str, float] = {}
+        self.past = [dict(zip(rows[0], map(float, row), strict=True)) for row in rows[1:]]
+        """Rows of earlier processes."""
+        self.last: dict[str, float] = self.past[-1] if self.past else {}
         """The newest row; empty before the first."""
-        if len(rows) > 1:
-            self.last = dict(zip(self._columns, map(float, rows[-1]), strict=True))
 
     def append(self, row: Mapping[str, float]) -> None:
         """Write one row; the first one decides the columns."""
@@ -41,7 +42,7 @@ class TrainingLog:
                 if file.tell() == 0:
                     writer.writerow(self._columns)
                 writer.writerow([f"{row[column]:.9g}" for column in self._columns])
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker(row)
         self.last = dict(row)
 

@@ -17,13 +17,14 @@ from stages.train.average import finished_student
 from stages.train.device import peak_memory_megabytes
 from stages.train.distributed import ALONE, Ranks
 from stages.train.identity import TrainingRun, describe, identity_of
-from stages.train.keeping import Checkpoints
+from stages.train.keeping import Checkpoints, check_keep_best
 from stages.train.live import LiveTeacher
 from stages.train.log import TrainingLog
 from stages.train.loop import Loop, Outlets, Pace
 from stages.train.online import OnlineTargets
 from stages.train.regrid import ReusedTargets, check_reuse
 from stages.train.saving import StudentDescription, initialise_from, save_student
+from stages.train.step import loss_columns
 from stages.train.stream import MEGABYTE, StreamSpec, TargetStream, usable_ids
 from stages.train.student import PARTS, Student
 from stages.train.targets import CachedTargets, TargetSource
@@ -83,6 +84,7 @@ def train(
         StreamError, BatchSizeError: no usable images, or fewer than a batch.
         RanksError, DeviceError: the processes cannot share a batch, or the GPUs.
         TrackerError: a tracker is not installed.
+        NoSuchColumnError: `keep_best` names no loss of this run.
         Terminated: `stop` asked for the end; a checkpoint is written.
     """
     made = prepare(run, dataset, store, ranks)
@@ -97,8 +99,9 @@ def train(
     ranks.wait()  # nobody reads checkpoints any more when the first process begins to write
     if ranks.first:
         checkpoints.clean()
-    with opened_trackers(run.runtime.trackers if ranks.first else (), run.folder) as trackers:
-        log = TrainingLog(run.folder / LOG if ranks.first else None, resumed_at, trackers)
+    log = TrainingLog(run.folder / LOG if ranks.first else None, resumed_at)
+    with opened_trackers(run.runtime.trackers if ranks.first else (), run.folder, log) as trackers:
+        log.trackers = trackers
         outlets = Outlets(
             log=log,
             progress=progress if progress and ranks.first else NoProgress(),
@@ -137,6 +140,8 @@ def prepare(
     device = ranks.device(run.runtime.device)
     live = _live(run, device)
     specs = _specs(run, store, live)
+    levels = {name: len(specs[name].levels) for name in run.distilled}
+    check_keep_best(run.phase.keep_best, loss_columns([task.name for task in run.tasks], levels))
     check_reuse(run.phase.reuse, store, run.distilled)
     cached = () if live else run.distilled
     ids = usable_ids(dataset, run.split, store, cached)

@@ -1,7 +1,7 @@
 """One optimiser step: loss = sum over tasks of weight x task loss + alpha x distillation loss."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,6 +19,16 @@ from stages.train.targets import TargetSource
 from stages.train.trainable import trainable_weights
 
 GRADIENT_NORM = "gradient_norm"
+
+
+def loss_columns(tasks: Sequence[str], levels: Mapping[str, int]) -> list[str]:
+    """Return the names of the losses that a step reports; `levels` counts those of each teacher."""
+    columns = ["loss", *(f"loss_{task}" for task in tasks)]
+    if levels:
+        columns.append("distill")
+    for teacher, count in levels.items():
+        columns += [f"distill_{teacher}", *(f"distill_{teacher}.{k}" for k in range(count))]
+    return columns
 
 
 class Step:

@@ -41,6 +41,25 @@ def test_unknown_key_inside_a_teacher_and_inside_the_data(tmp_path: Path) -> Non
         load_params(path)
 
 
+def test_unknown_key_in_a_section_that_may_be_left_out(tmp_path: Path) -> None:
+    path = changed(tmp_path, None, views={"count": 2, "photometric": {"brightnes": 0.1}})
+    with pytest.raises(ParamsError, match=r"views\.photometric\.brightnes.*'brightness'"):
+        load_params(path)
+
+
+@pytest.mark.parametrize("teachers", [{}, None, []])
+def test_no_teachers(tmp_path: Path, teachers: object) -> None:
+    path = changed(tmp_path, None, teachers=teachers)
+    with pytest.raises(ParamsError, match=r"name at least one, got [^;]*; for example"):
+        load_params(path)
+
+
+def test_reuse_wants_a_cosine_above_zero(tmp_path: Path) -> None:
+    path = changed(tmp_path, "distill", reuse={"flip": -1.0})
+    with pytest.raises(ParamsError, match=r"reuse\.flip: .* greater than 0, got -1"):
+        load_params(path)
+
+
 def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
     path = changed(tmp_path, "distill", steps=0, batch_size="many", warm_up=3)
     with pytest.raises(ParamsError) as caught:
@@ -66,7 +85,7 @@ def test_missing_section_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="no parameter file"):
         load_params(path)
     path.write_text("image_size: [32, 32]\n")
-    with pytest.raises(ParamsError, match="teachers: missing"):
+    with pytest.raises(ParamsError, match="store: missing"):
         load_params(path)
 
 

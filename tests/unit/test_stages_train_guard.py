@@ -1,14 +1,17 @@
 """What stops a run leaves it whole: bad numbers, lost shards, full memory, damaged checkpoints."""
 
 import csv
+import io
 import logging
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -280,8 +283,81 @@ def test_the_best_checkpoint_is_kept(
         rows = list(csv.DictReader(file))
     best = min(rows, key=lambda row: float(row["loss_depth"]))
     assert checkpoints(run) == sorted({6, 7, int(best["step"])})
-    with pytest.raises(NoSuchColumnError, match="'mood' is logged; there are: step, learning_rate"):
-        train(replace(changed(run, keep_best="mood"), folder=run.folder / "b"), dataset, store)
+
+
+def test_another_best_is_asked_for_later(
+    run: TrainingRun, dataset: Dataset, store: FeatureStore
+) -> None:
+    """The best of the column asked for before is not taken for the best of the new one."""
+    settings = {"checkpoint_every": 1, "log_every": 1, "keep_last": 1}
+    short = changed(run, **settings, keep_best="loss_depth")
+    stop = Stop()
+    with pytest.raises(Terminated), patch.object(Step, "clip", _asking(stop, at=4)):
+        train(short, dataset, store, stop=stop)
+    again = changed(run, **settings, keep_best="loss")
+    train(again, dataset, store)
+    with (run.folder / "log.csv").open() as file:
+        late = [row for row in csv.DictReader(file) if int(row["step"]) > 4]
+    best = min(late, key=lambda row: float(row["loss"]))
+    assert checkpoints(again) == sorted({7, int(best["step"])})
+
+
+def _asking(stop: Stop, at: int) -> Any:
+    calls, clip = count(1), Step.clip
+
+    def call(*arguments: Any) -> None:
+        if next(calls) == at - 1:  # heard in the next step
+            stop.request()
+        clip(*arguments)
+
+    return call
+
+
+def test_a_best_that_is_not_logged_is_refused_before_the_first_step(
+    run: TrainingRun, dataset: Dataset, store: FeatureStore
+) -> None:
+    with pytest.raises(NoSuchColumnError, match=r"'loss_dept'.*did you mean 'loss_depth'"):
+        train(changed(run, keep_best="loss_dept"), dataset, store)
+    assert not run.folder.exists() or not list(run.folder.iterdir())
+
+
+def test_dvclive_has_each_step_once_after_a_crash(
+    run: TrainingRun, dataset: Dataset, store: FeatureStore
+) -> None:
+    tracked = replace(run, runtime=CPU.model_copy(update={"trackers": ("dvclive",)}))
+    train(tracked, dataset, store)
+    tables = sorted((run.folder / "dvclive").rglob("*.tsv"))
+    whole = {path.name: path.read_text() for path in tables}
+    assert len(whole) > 5
+    (run.folder / "checkpoint-00000007.pt").unlink()  # as if it had died after the log's last row
+    assert train(tracked, dataset, store).resumed_at == 6
+    for name in whole.keys() - {"images_per_second.tsv", "data_wait.tsv"}:
+        again = (run.folder / "dvclive" / "plots" / "metrics" / name).read_text()
+        assert _numbers(again) == pytest.approx(_numbers(whole[name]), rel=1e-8), name
+    with (run.folder / "log.csv").open() as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file)]
+    rows = list(csv.DictReader(io.StringIO(whole["loss.tsv"]), delimiter="\t"))
+    assert [int(row["step"]) for row in rows] == logged
+
+
+def _numbers(table: str) -> list[float]:
+    return [float(cell) for line in table.splitlines()[1:] for cell in line.split("\t")]
+
+
+def test_tensorboard_reads_what_was_logged(
+    run: TrainingRun, dataset: Dataset, store: FeatureStore
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(
+        replace(run, runtime=CPU.model_copy(update={"trackers": ("tensorboard",)})), dataset, store
+    )
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("loss")}
+    with (run.folder / "log.csv").open() as file:
+        logged = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert found == pytest.approx(logged, rel=1e-6)
 
 
 def test_what_is_logged(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
@@ -321,7 +397,7 @@ def test_trackers_get_the_rows(
     assert events == [("init", "run"), *steps, ("finish", None)]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["dvclive", "tensorboard", "wandb"])
 def test_a_tracker_that_is_missing_is_named(
     run: TrainingRun,
     dataset: Dataset,
@@ -329,7 +405,7 @@ def test_a_tracker_that_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    module = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[name]
+    module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(TrackerError, match=rf"pip install 'sak-distill\[{name}\]'"):
         train(replace(run, runtime=CPU.model_copy(update={"trackers": (name,)})), dataset, store)
