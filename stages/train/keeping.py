@@ -75,6 +75,15 @@ class Checkpoints:
         """
         self._judge(state, logged)
         save_checkpoint(self._path(state.step), state, self.identity)
+        self._prune(state)
+
+    def clean(self, state: TrainingState) -> None:
+        """Remove what a killed run left half-written or had no time to remove; `state` is the one
+        that it goes on from. For the folder's only writer."""
+        remove_partials(self.folder)
+        self._prune(state)
+
+    def _prune(self, state: TrainingState) -> None:
         past = [path for path in self._paths() if _step(path) <= state.step]
         kept = {*past[-self.keep_last :]}
         if state.best is not None:
@@ -82,10 +91,6 @@ class Checkpoints:
         for path in self._paths():
             if path not in kept:
                 path.unlink()
-
-    def clean(self) -> None:
-        """Remove what a killed run left half-written; for the folder's only writer."""
-        remove_partials(self.folder)
 
     def _judge(self, state: TrainingState, logged: Mapping[str, float]) -> None:
         if state.best is not None and state.best[0] != self.keep_best:

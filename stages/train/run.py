@@ -98,7 +98,7 @@ def train(
     resumed_at = made.loop.state.step
     ranks.wait()  # nobody reads checkpoints any more when the first process begins to write
     if ranks.first:
-        checkpoints.clean()
+        checkpoints.clean(made.loop.state)
     log = TrainingLog(run.folder / LOG if ranks.first else None, resumed_at)
     with opened_trackers(run.runtime.trackers if ranks.first else (), run.folder, log) as trackers:
         log.trackers = trackers

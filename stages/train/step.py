@@ -51,7 +51,7 @@ class Step:
         if runtime.activation_checkpointing:
             student.vit.set_grad_checkpointing(True)
         if runtime.compile:
-            student.compile()
+            student.compile(options={"fallback_random": True})  # the routers' noise as without
         if ranks.world > 1:
             self._forward = DistributedDataParallel(
                 student, device_ids=[device] if device.type == "cuda" else None

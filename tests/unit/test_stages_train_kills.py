@@ -89,7 +89,10 @@ def test_resumed_with_loading_processes(whole: Order, run: Run) -> None:
 
 @pytest.mark.slow  # the compiler takes a minute
 def test_a_compiled_student_trains_as_the_plain_one(whole: Order, run: Run) -> None:
-    """Here, in processes without the run-time types of these tests, which cannot be compiled."""
+    """Here, in processes without the run-time types of these tests, which cannot be compiled.
+
+    A bias before batch normalisation has no gradient but rounding, which Adam scales up to steps.
+    """
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     compiled = replace(whole, folder=whole.folder.with_name("compiled"), runtime={"compile": True})
@@ -97,5 +100,7 @@ def test_a_compiled_student_trains_as_the_plain_one(whole: Order, run: Run) -> N
     weights = [load_file(order.folder / "student.safetensors") for order in (whole, compiled)]
     shutil.rmtree(compiled.folder)
     assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
+    idle = (".linear_fuse.0.bias", ".linear_fuse.1.running_mean")
+    compared = {name: value for name, value in weights[0].items() if not name.endswith(idle)}
+    for name, value in compared.items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
