@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import console, teacher_commands
+from pipeline import console, reference_commands, teacher_commands
 from pipeline.mistakes import GuardedGroup
 from pipeline.options import DEFAULT_PARAMS, AsJson, ParamsFile
 from pipeline.report import two_columns
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 app.add_typer(teacher_commands.app, name="teachers")
+reference_commands.add_to(app)
 
 
 @app.callback()

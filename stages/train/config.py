@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+_Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+_Positive = Annotated[float, Field(gt=0)]
+_Deviations = Annotated[tuple[_Positive, _Positive, _Positive], Field(strict=False)]
 RESERVED_MODEL_ARGS = frozenset({"img_size", "dynamic_img_size", "num_classes", "pretrained"})
 
 
@@ -26,8 +29,13 @@ class StudentConfig(_Config):
     """Number of evenly spaced blocks that are tapped, or their zero-based indices."""
     adapter_ratio: int = Field(default=4, ge=1)
     """Stem width over the hidden width of an adapter."""
-    router: Literal["sak", "sum"] = "sak"
-    """`sak`: Mixture-of-Representations; `sum`: plain sum of the experts (ablation)."""
+    router: Literal["sak", "sak-noiseless", "sum"] = "sak"
+    """`sak`: Mixture-of-Representations with noise in training; `sak-noiseless`: without it; `sum`:
+    plain sum of the experts (ablation)."""
+    mean: _Triple | None = None
+    """Per-channel mean of the pixels, scaled to 0..1; default: what timm states for the model."""
+    std: _Deviations | None = None
+    """Per-channel standard deviation of the pixels, scaled to 0..1; default: timm's."""
     pretrained: bool = False
     """Start the stem from timm's weights on the Hugging Face hub."""
     checkpoint: Path | None = Field(default=None, strict=False)

@@ -15,22 +15,22 @@ NOISE_FLOOR = 0.01
 
 
 class GlobalRouter(nn.Module):
-    """Scores the experts of a whole image from the stem's patch tokens: `B N D` to `B 2E`.
+    """Scores the experts of a whole image from the stem's patch tokens: `B N D` to `B S`.
 
-    The first E scores are the clean logits, the others the raw scale of the training noise.
+    The first E scores are the clean logits, E others, if any, the raw scale of the training noise.
     """
 
-    def __init__(self, width: int, experts: int) -> None:
+    def __init__(self, width: int, scores: int) -> None:
         super().__init__()
         self.module = nn.Sequential(
             nn.Linear(width, width // 2),
             nn.LayerNorm(width // 2),
             nn.GELU(),
-            nn.Linear(width // 2, 2 * experts),
+            nn.Linear(width // 2, scores),
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return `B 2E`: an MLP per token, then the mean over tokens.
+        """Return `B S`: an MLP per token, then the mean over tokens.
 
         The last layer is linear, so the mean is taken before it: same result, less work.
         """
@@ -42,17 +42,20 @@ class GlobalRouter(nn.Module):
 class MixtureOfRepresentations(nn.Module):
     """Softmax gates over all experts, noisy in training (SAK section 3.3).
 
-    One gate per image; in training each pixel draws its own noise around it.
+    One gate per image; in training each pixel draws its own noise around it, unless not `noisy`.
     """
 
-    def __init__(self, width: int, experts: int) -> None:
+    def __init__(self, width: int, experts: int, noisy: bool = True) -> None:
         super().__init__()
-        self.router = GlobalRouter(width, experts)
+        self.noisy = noisy
+        self.router = GlobalRouter(width, 2 * experts if noisy else experts)
         initialise_linear(self)
 
     def forward(self, stem: Tensor) -> Tensor:
-        """Return the gates for `B N D` stem tokens: `B N E` in training, else `B 1 E`."""
+        """Return the gates for `B N D` stem tokens: `B N E` in noisy training, else `B 1 E`."""
         scores: Tensor = self.router(stem)
+        if not self.noisy:
+            return scores.float().unsqueeze(1).softmax(dim=-1)
         clean, raw_noise = scores.float().unsqueeze(1).chunk(2, dim=-1)
         if self.training:
             shape = (stem.shape[0], stem.shape[1], clean.shape[-1])

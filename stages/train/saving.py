@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.data.tasks import Task
 from stages.train.config import StudentConfig
 from stages.train.files import write_atomically
-from stages.train.stem import StudentError
+from stages.train.stem import StudentError, normalisation
 from stages.train.student import Student, build_student
 
 WEIGHTS = "student.safetensors"
@@ -46,12 +46,16 @@ class StudentDescription:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
-            "student": self.student.model_dump(mode="json"),
+            "student": self.student.model_dump(mode="json", exclude=self._left_to_timm()),
             "image_size": list(self.image_size),
             "teachers": {name: list(channels) for name, channels in self.teachers.items()},
             "tasks": [asdict(task) for task in self.tasks],
             "aligners": self.aligners,
         }
+
+    def _left_to_timm(self) -> set[str]:
+        """Settings that are not told when unset: runs from before they existed go on."""
+        return {name for name in ("mean", "std") if getattr(self.student, name) is None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StudentDescription":
@@ -100,7 +104,8 @@ def initialise_from(student: Student, folder: Path) -> tuple[str, ...]:
     """Start stem, paths, norms and aligners from another run; return the parts left random.
 
     Everything must fit by name and shape. Position embeddings of another image size are resized
-    by timm; a student without aligners leaves those of the run behind.
+    as the published code does (bicubic, no antialiasing); a student without aligners leaves those
+    of the run behind.
 
     Raises:
         StudentError: no finished run there, or a student of another make.
@@ -108,7 +113,14 @@ def initialise_from(student: Student, folder: Path) -> tuple[str, ...]:
     source = {k: v for k, v in _read_weights(folder).items() if k.startswith(CARRIED)}
     if not student.ts_aligners:
         source = {k: v for k, v in source.items() if not k.startswith("ts_aligners.")}
-    size = _read_description(folder).image_size
+    origin = _read_description(folder)
+    if normalisation(origin.student) != (student.mean, student.std):
+        raise StudentError(
+            f"the student in {folder} saw images normalised with mean and std "
+            f"{normalisation(origin.student)}, this one {(student.mean, student.std)}; set "
+            "student.mean and student.std alike in both runs"
+        )
+    size = origin.image_size
     if size != student.image_size and "vit.pos_embed" in source:
         source["vit.pos_embed"] = _resized(source["vit.pos_embed"], size, student)
     target = {k: v for k, v in student.state_dict().items() if k.startswith(CARRIED)}
@@ -127,6 +139,7 @@ def _resized(embedding: Tensor, size: tuple[int, int], student: Student) -> Tens
         new_size=list(student.vit.patch_embed.grid_size),
         old_size=[side // step for side, step in zip(size, patch, strict=True)],
         num_prefix_tokens=0 if student.vit.no_embed_class else student.vit.num_prefix_tokens,
+        antialias=False,
     )
     return resized
 

@@ -136,11 +136,11 @@ def load_stem_weights(vit: VisionTransformer, path: Path) -> None:
     vit.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=False)
 
 
-def normalisation(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation per channel that timm states for a model."""
-    stated = timm.models.get_pretrained_cfg(model)
-    assert stated is not None, f"timm lists {model} without a configuration"
-    return tuple(stated.mean), tuple(stated.std)
+def normalisation(config: StudentConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and standard deviation per channel: those asked for, else timm's own."""
+    stated = timm.models.get_pretrained_cfg(config.model)
+    assert stated is not None, f"timm lists {config.model} without a configuration"
+    return config.mean or tuple(stated.mean), config.std or tuple(stated.std)
 
 
 def stem_states(vit: VisionTransformer, images: Tensor) -> list[Tensor]:

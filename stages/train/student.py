@@ -84,7 +84,7 @@ class Student(nn.Module):
         teachers: Mapping[str, Sequence[int]],
         tasks: Sequence[Task],
         aligners: bool,
-        routers: bool,
+        router: str,
     ) -> None:
         super().__init__()
         width = int(vit.embed_dim)
@@ -117,9 +117,11 @@ class Student(nn.Module):
         routed = [(block, task.name) for block in self.levels for task in tasks]
         self.mor = nn.ModuleDict(
             {
-                level_key(block, name): MixtureOfRepresentations(width, 1 + len(teachers))
+                level_key(block, name): MixtureOfRepresentations(
+                    width, 1 + len(teachers), noisy=router == "sak"
+                )
                 for block, name in routed
-                if routers and teachers
+                if router != "sum" and teachers
             }
         )
         self.heads = nn.ModuleDict(
@@ -258,11 +260,11 @@ def build_student(
     return Student(
         vit=vit,
         image_size=image_size,
-        normalisation=normalisation(config.model),
+        normalisation=normalisation(config),
         levels=levels,
         adapter_ratio=config.adapter_ratio,
         teachers=teachers,
         tasks=tasks,
         aligners=aligners,
-        routers=config.router == "sak",
+        router=config.router,
     )
