@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import console, reference_commands, teacher_commands
+from pipeline import console, recipe_commands, reference_commands, teacher_commands
 from pipeline.mistakes import GuardedGroup
 from pipeline.options import DEFAULT_PARAMS, AsJson, ParamsFile
 from pipeline.report import two_columns
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(teacher_commands.app, name="teachers")
 reference_commands.add_to(app)
+app.add_typer(recipe_commands.app, name="recipes")
 
 
 @app.callback()
@@ -156,6 +157,10 @@ def train_student(
     restart: Annotated[
         bool, typer.Option(help="Delete checkpoints of other settings and begin anew.")
     ] = False,
+    initialise_from: Annotated[
+        Path | None,
+        typer.Option(help="Start multitask from this run or import, not from the distill run."),
+    ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(help="Only compute this saved step again (not-finite-*.pt) and show it."),
@@ -167,12 +172,16 @@ def train_student(
     from pipeline import training
     from pipeline.params import load_params
 
+    if initialise_from is not None and phase != "multitask":
+        raise typer.BadParameter("--initialise-from belongs to multitask; other phases start anew")
     if replay is not None:
-        terms = training.replay_step(load_params(params), phase, task, replay)
+        terms = training.replay_step(load_params(params), phase, task, replay, initialise_from)
         console.show(f"not trained, computed again: {replay.name}", two_columns(terms), as_json)
         return
     with console.progress_bar(not as_json) as bar:
-        result = training.train_student(load_params(params), phase, task, restart, bar)
+        result = training.train_student(
+            load_params(params), phase, task, restart, bar, initialise_from
+        )
     if result is not None:
         console.show(f"trained: {phase}", two_columns(dataclasses.asdict(result)), as_json)
 

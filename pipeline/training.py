@@ -28,13 +28,20 @@ PHASES = ("distill", "multitask", "baseline", "single-task")
 
 
 def train_student(
-    params: Params, phase: str, task: str | None, restart: bool, progress: Progress
+    params: Params,
+    phase: str,
+    task: str | None,
+    restart: bool,
+    progress: Progress,
+    origin: Path | None = None,
 ) -> TrainSummary | None:
     """Train one run; `restart` replaces checkpoints of other settings instead of refusing them.
 
+    A multitask run starts from the student in the folder `origin`, else from the distill run.
+
     Started by torchrun, each process calls this; the others than the first return None.
     """
-    run, dataset, store = _opened(params, phase, task)
+    run, dataset, store = _opened(params, phase, task, origin)
     run.folder.mkdir(parents=True, exist_ok=True)
     with stop_on_sigterm() as stop, joined_ranks(params.runtime.device) as ranks:
         lock = FolderLock(run.folder) if ranks.first else None
@@ -53,16 +60,18 @@ def train_student(
     return summary if ranks.first else None
 
 
-def replay_step(params: Params, phase: str, task: str | None, file: Path) -> dict[str, float]:
+def replay_step(
+    params: Params, phase: str, task: str | None, file: Path, origin: Path | None = None
+) -> dict[str, float]:
     """Compute a step again that was refused, and return each of its terms."""
-    return replay(*_opened(params, phase, task), file)
+    return replay(*_opened(params, phase, task, origin), file)
 
 
 def _opened(
-    params: Params, phase: str, task: str | None
+    params: Params, phase: str, task: str | None, origin: Path | None
 ) -> tuple[TrainingRun, Dataset, FeatureStore]:
     dataset = open_dataset(params.data).with_tasks(params.tasks)
-    run = _training_run(params, phase, task, dataset.tasks)
+    run = _training_run(params, phase, task, dataset.tasks, origin)
     require_views(params)
     store = FeatureStore(params.store)
     if run.phase.targets == "cached":
@@ -108,7 +117,7 @@ def _require_asked_teachers(params: Params, run: TrainingRun, store: FeatureStor
 
 
 def _training_run(
-    params: Params, phase: str, task: str | None, tasks: tuple[Task, ...]
+    params: Params, phase: str, task: str | None, tasks: tuple[Task, ...], origin: Path | None
 ) -> TrainingRun:
     if phase not in PHASES:
         raise StepError(f"no phase '{phase}'; expected one of {', '.join(PHASES)}")
@@ -133,5 +142,5 @@ def _training_run(
         runtime=params.runtime,
         load_teachers=partial(_load_teachers, params),
         depth=params.views.depth,
-        initialise_from=run_folder(params, "distill") if phase == "multitask" else None,
+        initialise_from=(origin or run_folder(params, "distill")) if phase == "multitask" else None,
     )
