@@ -44,12 +44,8 @@ class TaskMetric(Protocol):
 class MeanIoU:
     """Mean intersection over union in percent, from one confusion matrix over the set.
 
-    The mean runs over the classes with a non-empty union: a class that is neither labelled nor
-    predicted anywhere does not count, one that is only predicted counts as 0. Only label 255 is
-    left out; an image that shows background alone counts like any other.
-
-    SAK's published evaluation differs in two ways: it counts the former classes as 0 too (the same
-    number wherever every class is labelled), and for parts it leaves out images without a part.
+    The mean runs over all classes, as in SAK's published evaluation: one that is neither labelled
+    nor predicted anywhere counts as 0, like one that is only predicted. Label 255 is left out.
     """
 
     def __init__(self, classes: int) -> None:
@@ -74,17 +70,36 @@ class MeanIoU:
         self._confusion += counts.cpu()
 
     def compute(self) -> float:
-        """Return the mean over classes with a non-empty union."""
+        """Return the mean over all classes."""
+        return 100 * float(self.per_class().mean())
+
+    def per_class(self) -> Float[Tensor, " classes"]:
+        """Return each class's IoU in 0..1, float64: 0 where absent, all NaN without a label."""
         confusion = self._confusion.double()
+        if not confusion.any():
+            return confusion.new_full((self.classes,), math.nan)
         hits = confusion.diagonal()
         union = confusion.sum(0) + confusion.sum(1) - hits
-        return 100 * float((hits / union)[union > 0].mean())
+        return hits / union.clamp(min=1)
+
+
+class PartsMeanIoU(MeanIoU):
+    """`MeanIoU` over the images that show a part; the others are left out, as in training."""
+
+    def update(self, prediction: Float[Tensor, "B C H W"], label: Int[Tensor, "B H W"]) -> None:
+        """Count those images of a batch that have a label other than 0 and 255.
+
+        Raises:
+            MetricError: the prediction is not finite, or a label is neither a class nor 255.
+        """
+        has_parts = ((label != IGNORE) & (label != 0)).flatten(1).any(dim=1)
+        super().update(prediction, label.where(has_parts[:, None, None], IGNORE))
 
 
 class DepthRMSE:
     """Root of the mean squared error in metres over all pixels with a label in (0, 80).
 
-    Predictions are taken as they are; SAK's published evaluation lifts negative ones to 0 first.
+    Negative predictions count as 0, as in SAK's published evaluation.
     """
 
     def __init__(self) -> None:
@@ -99,7 +114,7 @@ class DepthRMSE:
         """
         require_finite(prediction)
         valid = (label > 0) & (label < MAX_DEPTH)
-        error = prediction[:, 0][valid].double() - label[valid].double()
+        error = prediction[:, 0][valid].double().clamp(min=0) - label[valid].double()
         self._squares += float(error.square().sum())
         self._pixels += int(valid.sum())
 
@@ -177,8 +192,10 @@ def build_metric(task: Task) -> TaskMetric:
         MetricError: the task has no metric.
     """
     match task.name:
-        case "segmentation" | "parts":
+        case "segmentation":
             return MeanIoU(task.channels)
+        case "parts":
+            return PartsMeanIoU(task.channels)
         case "depth":
             return DepthRMSE()
         case "normals":

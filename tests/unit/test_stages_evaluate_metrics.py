@@ -16,6 +16,7 @@ from stages.evaluate.metrics import (
     BoundaryLoss,
     DepthRMSE,
     MeanIoU,
+    PartsMeanIoU,
     TaskMetric,
     build_metric,
 )
@@ -40,19 +41,20 @@ def salient(probabilities: list[float]) -> Tensor:
 
 
 class TestMeanIoU:
-    def test_pools_pixels_and_skips_absent_classes(self) -> None:
+    def test_pools_pixels_and_counts_absent_classes_as_zero(self) -> None:
         metric = MeanIoU(4)
         metric.update(scores([0, 0, 1], 4), row([0, 1, 1]))
         metric.update(scores([0, 1, 2], 4), row([0, 0, 255]))
         # class 0: 2 hits, union 2 + 1 + 1; class 1: 1 hit, union 1 + 1 + 1; 2 and 3 absent
-        assert metric.compute() == pytest.approx(100 * (2 / 4 + 1 / 3) / 2)
+        assert metric.compute() == pytest.approx(100 * (2 / 4 + 1 / 3 + 0 + 0) / 4)
+        assert metric.per_class().tolist() == pytest.approx([2 / 4, 1 / 3, 0, 0])
 
     def test_class_that_is_only_predicted_counts_as_zero(self) -> None:
         metric = MeanIoU(3)
         metric.update(scores([0, 0, 2], 3), row([0, 0, 0]))
-        assert metric.compute() == pytest.approx(100 * (2 / 3 + 0) / 2)
+        assert metric.compute() == pytest.approx(100 * (2 / 3 + 0 + 0) / 3)
 
-    def test_equals_torchmetrics_macro_average(self) -> None:
+    def test_equals_torchmetrics_sum_over_classes(self) -> None:
         generator = torch.Generator().manual_seed(0)
         prediction = torch.randn(3, 9, 8, 10, generator=generator)
         label = torch.randint(0, 7, (3, 8, 10), generator=generator)  # classes 7 and 8 unlabelled
@@ -61,15 +63,27 @@ class TestMeanIoU:
         metric = MeanIoU(9)
         for one in range(3):
             metric.update(prediction[one : one + 1], label[one : one + 1])
-        reference = MulticlassJaccardIndex(9, average="macro", ignore_index=255)
+        reference = MulticlassJaccardIndex(9, average="none", ignore_index=255)
         reference.update(prediction, label)
-        assert metric.compute() == pytest.approx(100 * float(reference.compute()), rel=1e-6)
+        expected = reference.compute()
+        assert metric.compute() == pytest.approx(100 * float(expected.sum()) / 9, rel=1e-6)
 
     def test_background_only_images_count(self) -> None:
-        metric = MeanIoU(7)
-        metric.update(scores([1, 1], 7), row([1, 1]))
-        metric.update(scores([1, 0], 7), row([0, 0]))
+        metric = MeanIoU(2)
+        metric.update(scores([1, 1], 2), row([1, 1]))
+        metric.update(scores([1, 0], 2), row([0, 0]))
         assert metric.compute() == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+
+    def test_parts_leave_out_images_without_a_part(self) -> None:
+        metric = PartsMeanIoU(2)
+        prediction = torch.cat([scores([1, 0, 1], 2)] * 3)
+        metric.update(prediction, torch.tensor([[[1, 0, 0]], [[0, 0, 255]], [[255, 255, 255]]]))
+        assert metric.compute() == pytest.approx(100 * (1 / 2 + 1 / 2) / 2)
+
+    def test_parts_of_a_set_without_any_are_nan(self) -> None:
+        metric = PartsMeanIoU(2)
+        metric.update(scores([1, 0], 2), row([0, 0]))
+        assert math.isnan(metric.compute())
 
     @pytest.mark.parametrize("value", [4, -1, 254])
     def test_refuses_unknown_label(self, value: int) -> None:
@@ -84,10 +98,10 @@ class TestDepthRMSE:
         metric.update(torch.tensor([[[[3.0, 4.0, 7.0]]]]), torch.tensor([[[3.0, 6.0, -1.0]]]))
         assert metric.compute() == pytest.approx(math.sqrt((1 + 0 + 4) / 3))
 
-    def test_negative_prediction_is_not_clamped(self) -> None:
+    def test_negative_prediction_counts_as_zero(self) -> None:
         metric = DepthRMSE()
         metric.update(torch.tensor([[[[-1.0]]]]), torch.tensor([[[2.0]]]))
-        assert metric.compute() == pytest.approx(3.0)
+        assert metric.compute() == pytest.approx(2.0)
 
     def test_nan_label_does_not_count(self) -> None:
         metric = DepthRMSE()

@@ -56,7 +56,7 @@ def segment(images: Tensor) -> dict[str, Tensor]:
 
 
 def layout(root: Path, images: int = 3) -> Dataset:
-    """Images of 8 x 16 (the view is the middle), classes in red; label 0 is unlabelled."""
+    """Images of 8 x 16, classes in red; the view is the middle, with every class and unlabelled 0."""
     (root / "images").mkdir(parents=True)
     (root / "segmentation").mkdir()
     (root / "depth").mkdir()
@@ -64,6 +64,7 @@ def layout(root: Path, images: int = 3) -> Dataset:
     names = tuple(f"image{number}" for number in range(images))
     for name in names:
         classes = generator.integers(0, 41, (8, 16), dtype=np.uint8)
+        classes[:, 4:12] = generator.permutation(np.arange(64) % 41).reshape(8, 8)
         red_only = np.stack([(classes.clip(min=1) - 1) * 5, classes * 0, classes * 0], axis=-1)
         Image.fromarray(red_only).save(root / "images" / f"{name}.png")
         Image.fromarray(classes).save(root / "segmentation" / f"{name}.png")
