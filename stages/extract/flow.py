@@ -126,7 +126,7 @@ def flow(
 
     with (
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        _threads_per_stream(clock.streams),
+        threads_per_stream(clock.streams),
         ThreadPoolExecutor(clock.streams, thread_name_prefix="forward") as forward,
     ):
         try:
@@ -148,7 +148,8 @@ def flow(
 
 
 @contextmanager
-def _threads_per_stream(streams: int) -> Iterator[None]:
+def threads_per_stream(streams: int) -> Iterator[None]:
+    """Have each of so many forward threads compute on its share of the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // streams))
     try:

@@ -1,6 +1,6 @@
 """Fewer images at a time where a batch does not fit into memory."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from stages.data.view import Box
 from stages.extract.devices import device_of
 from stages.extract.halving import Halving
+from stages.extract.preprocess import Preprocessing
 from stages.extract.teachers import Features, NetworkTeacher, Teacher
 from store.spec import TeacherSpec
 
@@ -38,6 +39,12 @@ class Portions:
     def device(self) -> torch.device:
         """The device it computes on."""
         return device_of(self._teacher)
+
+    @property
+    def input_kind(self) -> Hashable:
+        """What its inputs depend on beside the image: teachers with the same can share them."""
+        prepare = self._teacher.preprocess
+        return prepare.kind if isinstance(prepare, Preprocessing) else self.spec.name
 
     def preprocess(self, image: UInt8[np.ndarray, "rows columns 3"], box: Box) -> Tensor:
         """Return the teacher's input for the part `box` of an RGB image."""

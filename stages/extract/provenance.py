@@ -15,7 +15,7 @@ from stages.extract.preprocess import Preprocessing, probe_digest
 from stages.extract.timm_networks import TimmSource
 from store.spec import canonical_json
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it when the same weights and settings give other features than before."""
 
 

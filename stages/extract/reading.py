@@ -1,11 +1,11 @@
 """Decoding ahead: a few threads keep a bounded number of images ready, in order."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import BoundedSemaphore, Lock
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,44 +52,78 @@ def read_ahead(
                 future.cancel()
 
 
-class DecodedImages:
-    """The images decoded last, up to `limit` bytes and at least one, so that none is decoded twice.
+@runtime_checkable
+class _HasBytes(Protocol):
+    @property
+    def nbytes(self) -> int: ...
 
-    Safe to share between threads: who comes second waits for who decodes.
+
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made", bound=_HasBytes)
+
+
+class Recent(Generic[Key, Made]):
+    """What was made last, up to `limit` bytes and at least one, so that nothing is made twice.
+
+    Safe to share between threads: who comes second waits for who makes it.
     """
 
     def __init__(self, limit: int = 2**28) -> None:
         self._limit = limit
         self._bytes = 0
-        self._images: OrderedDict[int, Future[NDArray[np.uint8]]] = OrderedDict()
+        self._made: OrderedDict[Key, Future[Made]] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, number: int, decode: Callable[[int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """Return an image by its number, decoded by `decode` unless it is here."""
+    def get(self, key: Key, make: Callable[[Key], Made]) -> Made:
+        """Return what belongs to a key, made by `make` unless it is here."""
         with self._lock:
-            found = self._images.get(number)
-            future = self._images.setdefault(number, Future())
-            self._images.move_to_end(number)
+            found = self._made.get(key)
+            future = self._made.setdefault(key, Future())
+            self._made.move_to_end(key)
         if found is not None:
             return found.result()
         try:
-            image = decode(number)
+            made = make(key)
         except BaseException as error:
             future.set_exception(error)
             raise
-        future.set_result(image)
-        self._make_room(image.nbytes)
-        return image
+        future.set_result(made)
+        self._make_room(made.nbytes)
+        return made
 
     def _make_room(self, added: int) -> None:
         with self._lock:
             self._bytes += added
-            done = [number for number, future in self._images.items() if future.done()]
-            for number in done[:-1]:
+            done = [key for key, future in self._made.items() if future.done()]
+            for key in done[:-1]:
                 if self._bytes <= self._limit:
                     return
-                future = self._images.pop(number)
+                future = self._made.pop(key)
                 self._bytes -= 0 if future.exception() else future.result().nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """A row as the teachers of a pass want it, by `RowReader.input_kind`."""
+
+    by_kind: Mapping[Hashable, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(one.nbytes for one in self.by_kind.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What the rows of a pass have in common, where that is wanted more than once."""
+
+    images: Recent[int, NDArray[np.uint8]] | None = None
+    """Decoded, by their place in the table: several views are of the same one."""
+    inputs: Recent[int, Inputs] | None = None
+    """By row: while an image is decoded it becomes the inputs of all teachers, which are small."""
+    teachers: Mapping[Hashable, Teacher] = field(default_factory=dict)
+    """One for each kind of inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +135,17 @@ class RowReader:
     views: ViewTable
     paths: Mapping[str, Place]
     clock: StageClock = field(default_factory=StageClock)
-    kept: "DecodedImages | None" = None
-    """Decoded images to share, where more than one row of an image, or teacher, wants them."""
+    shared: Shared = field(default_factory=Shared)
     readers: int = field(default_factory=threads)
     """Threads to read with."""
     decoding: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(threads()))
     """Lets no more images be decoded at once than there are cores, however many are on the way."""
+
+    @property
+    def input_kind(self) -> Hashable:
+        """Equal for readers of the same rows whose inputs are the same."""
+        kind: Hashable = getattr(self.teacher, "input_kind", self.teacher.spec.name)
+        return kind
 
     def image_id(self, row: int) -> str:
         """Return the id of the image that a row is a view of."""
@@ -123,9 +162,24 @@ class RowReader:
             ImageChangedError: the file is gone or is not the one that was indexed.
             ExtractionError: it cannot be fetched now.
         """
+        if self.shared.inputs is None:
+            return self._input(row)
+        return self.shared.inputs.get(row, self._inputs).by_kind[self.input_kind]
+
+    def _input(self, row: int) -> Tensor:
         pixels = self.pixels(row)
         with self.decoding, self.clock.stage("preprocess"):
             return self.teacher.preprocess(pixels, whole(pixels))
+
+    def _inputs(self, row: int) -> Inputs:
+        pixels = self.pixels(row)
+        with self.decoding, self.clock.stage("preprocess"):
+            return Inputs(
+                by_kind={
+                    kind: teacher.preprocess(pixels, whole(pixels))
+                    for kind, teacher in self.shared.teachers.items()
+                }
+            )
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """Return the pixels (h, w, 3) of a row's view, before any resizing.
@@ -135,7 +189,8 @@ class RowReader:
             ExtractionError: it cannot be fetched now.
         """
         number = row // self.views.views_per_image
-        image = self._image(number) if self.kept is None else self.kept.get(number, self._image)
+        kept = self.shared.images
+        image = self._image(number) if kept is None else kept.get(number, self._image)
         with self.decoding, self.clock.stage("preprocess"):
             return cut_view(image, row_view(self.views, row))
 

@@ -20,7 +20,7 @@ from stages.extract.errors import ExtractionError
 from stages.extract.flow import Lane, flow, in_turn
 from stages.extract.halving import named_out_of_memory
 from stages.extract.portions import Portions
-from stages.extract.reading import DecodedImages, RowReader, open_rows
+from stages.extract.reading import Recent, RowReader, Shared, open_rows
 from stages.extract.sharing import write_missing
 from stages.extract.teachers import Teacher, choose_device, load_teacher
 from stages.progress import NoProgress, Progress
@@ -213,16 +213,16 @@ class Extraction:
                 keep_equivariance(path, self.rows, self.equivariance_images, progress)
             keep_drift(path, self.rows, min(self.batch_size, DRIFT_IMAGES), progress)
 
-    def lane(self, writer: FeatureWriter, clock: StageClock, kept: DecodedImages | None) -> Lane:
+    def lane(self, writer: FeatureWriter, clock: StageClock, shared: Shared) -> Lane:
         """Return this teacher's part in a flow."""
-        rows = replace(self.rows, clock=clock, kept=kept)
+        rows = replace(self.rows, clock=clock, shared=shared)
         return Lane(rows=rows, batch_size=self.batch_size, writer=writer)
 
     def write(self, writer: FeatureWriter, shards: Iterable[range]) -> StageTimes:
         """Compute and commit shards that `writer` has claimed, in this order."""
         started = time.perf_counter()
         clock = _clock([self])
-        lane = self.lane(writer, clock, _kept([self]))
+        lane = self.lane(writer, clock, _shared([self]))
         flow(lane.steps(shards), clock, NoProgress(), Stop())
         return clock.times(time.perf_counter() - started, on_gpu=on_gpu([self.rows.teacher]))
 
@@ -236,9 +236,10 @@ def run_together(
     """
     with ExitStack() as stack:
         writers = [stack.enter_context(one.begin(progress)) for one in extractions]
-        clock, kept = _clock(extractions), _kept(extractions)
+        clock, shared = _clock(extractions), _shared(extractions)
         lanes = [
-            one.lane(writer, clock, kept) for one, writer in zip(extractions, writers, strict=True)
+            one.lane(writer, clock, shared)
+            for one, writer in zip(extractions, writers, strict=True)
         ]
         missing = sum(len(rows) for writer in writers for rows in writer.missing())
         names = ", ".join(one.spec.name for one in extractions)
@@ -289,7 +290,11 @@ def _clock(extractions: Sequence[Extraction]) -> StageClock:
     )
 
 
-def _kept(extractions: Sequence[Extraction]) -> DecodedImages | None:
-    """Return room for decoded images where an image is wanted more than once."""
-    several = len(extractions) > 1 or extractions[0].rows.views.views_per_image > 1
-    return DecodedImages() if several else None
+def _shared(extractions: Sequence[Extraction]) -> Shared:
+    """Return room for inputs where there are several teachers, for images where several views."""
+    readers = [one.rows for one in extractions]
+    return Shared(
+        images=Recent() if readers[0].views.views_per_image > 1 else None,
+        inputs=Recent() if len(readers) > 1 else None,
+        teachers={reader.input_kind: reader.teacher for reader in readers},
+    )

@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ from stages.data.images import index_images
 from stages.data.sources import ImageSource, list_folder
 from stages.data.views import draw_views
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.devices import streams_of
+from stages.extract.flow import threads_per_stream
 from stages.extract.reading import RowReader, open_rows
-from stages.extract.run import extract
+from stages.extract.run import open_extraction, run_together
 from stages.extract.teachers import NetworkTeacher, load_teacher
 from stages.memory import KEPT
 from stages.progress import NoProgress
+from stages.stopping import Stop
 from store.create import create_store
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -71,10 +75,14 @@ def teachers() -> dict[str, TeacherConfig]:
     }
 
 
+GROUPS = [*([name] for name in teachers()), list(teachers())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["forward", "together", "writers"])
     parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--teachers", nargs="+", choices=list(teachers()), help="of `forward`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
@@ -85,7 +93,12 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         bench = Bench(Path(name), arguments.images, arguments.rounds)
-        results = getattr(bench, arguments.what)()
+        chosen = [arguments.teachers] if arguments.teachers else GROUPS
+        results = (
+            bench.forward(chosen)
+            if arguments.what == "forward"
+            else getattr(bench, arguments.what)()
+        )
     if arguments.json:
         print(json.dumps(results, indent=2))
         return
@@ -107,27 +120,40 @@ class Bench:
         self.sources = list_folder(SHARED / "nyud" / "images")[:images]
         self.stores = 0
 
-    def forward(self) -> list[dict[str, Any]]:
-        """Return end-to-end over pure forward, for each teacher and all of them in one pass."""
+    def forward(self, groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Return end-to-end over pure forward, for each group of teachers in one pass."""
         every = teachers()
-        groups = [*([name] for name in every), list(every)]
         return [self._forward({name: every[name] for name in group}) for group in groups]
 
     def _forward(self, configs: dict[str, TeacherConfig]) -> dict[str, Any]:
         loaded = [load_teacher(name, config, SIZE, CPU) for name, config in configs.items()]
         inputs = [self._inputs(teacher) for teacher in loaded]
 
+        batches = [
+            (teacher, batch)
+            for parts in zip(*(images.split(BATCH) for images in inputs), strict=True)
+            for teacher, batch in zip(loaded, parts, strict=True)
+        ]
+        streams = streams_of(loaded)
+
+        def forward(teacher: NetworkTeacher, batch: Tensor) -> None:
+            teacher(batch)
+
         def pure() -> None:
-            for teacher, images in zip(loaded, inputs, strict=True):
-                for batch in images.split(BATCH):
-                    teacher(batch)
+            with threads_per_stream(streams), ThreadPoolExecutor(streams) as pool:
+                for _ in pool.map(forward, *zip(*batches, strict=True)):
+                    pass
+
+        def one_stream() -> None:
+            for teacher, batch in batches:
+                teacher(batch)
 
         spent: list[dict[str, float]] = []
 
         def ours() -> None:
             spent.append(self._extract(configs, self.sources))
 
-        runs = self._rounds({"pure": pure, "ours": ours})
+        runs = self._rounds({"pure": pure, "one stream": one_stream, "ours": ours})
         count = len(self.sources)
         ours_seconds = [one["elapsed"] for one in spent[1:]]  # without loading
         ratios = [p / o for (p, _), o in zip(runs["pure"], ours_seconds, strict=True)]
@@ -138,6 +164,7 @@ class Bench:
         return {
             "teachers": ", ".join(configs),
             "pure images/s": count / statistics.median(seconds for seconds, _ in runs["pure"]),
+            "in one stream": count / statistics.median(s for s, _ in runs["one stream"]),
             "ours images/s": count / statistics.median(ours_seconds),
             "ratio": statistics.median(ratios),
             "lowest": min(ratios),
@@ -147,7 +174,7 @@ class Bench:
                 f"{stage} CPU ms/image": 1000
                 * statistics.median(one[stage] for one in spent)
                 / count
-                for stage in ("decode", "preprocess", "stack", "encode")
+                for stage in ("decode", "preprocess", "stack", "encode", "write")
             },
         }
 
@@ -229,18 +256,14 @@ class Bench:
         path = self.folder / "out" / f"{self.stores}.zarr"
         images = index_images(sources, max_bad=0.1, progress=NoProgress())
         create_store(path, images, draw_views(images, SIZE, ViewsConfig()))
+        extractions = [
+            open_extraction(path, sources, SIZE, load_teacher(name, config, SIZE, CPU), SETTINGS)
+            for name, config in configs.items()
+        ]
         before = cpu_seconds()
-        for name, config in configs.items():
-            load_teacher(name, config, SIZE, CPU)
-        loading = cpu_seconds() - before
-        summaries = extract(path, sources, SIZE, configs, SETTINGS, NoProgress())
-        times = summaries[0].stages
+        times = run_together(extractions, NoProgress(), Stop())[0].stages
         assert times is not None
-        return {
-            **times.cpu_seconds,
-            "elapsed": times.elapsed,
-            "cpu": cpu_seconds() - before - 2 * loading,
-        }
+        return {**times.cpu_seconds, "elapsed": times.elapsed, "cpu": cpu_seconds() - before}
 
     def _inputs(self, teacher: NetworkTeacher) -> Tensor:
         return torch.stack([self._rows(teacher).load(row) for row in range(len(self.sources))])

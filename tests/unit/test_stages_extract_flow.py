@@ -19,7 +19,7 @@ from stages.extract import reading
 from stages.extract.batching import find_batch_size
 from stages.extract.clock import StageClock, total
 from stages.extract.config import ExtractConfig, TeacherConfig
-from stages.extract.reading import DecodedImages
+from stages.extract.reading import Recent
 from stages.extract.run import extract
 from stages.extract.teachers import Features
 from stages.progress import NoProgress
@@ -161,7 +161,7 @@ def test_the_bottleneck_is_the_stage_whose_threads_are_busiest(
 
 
 def test_who_comes_second_gets_what_the_first_decodes() -> None:
-    images = DecodedImages()
+    images: Recent[int, np.ndarray] = Recent()
     meeting = Barrier(2, timeout=30)
     found: list[int] = []
 
@@ -181,7 +181,7 @@ def test_who_comes_second_gets_what_the_first_decodes() -> None:
 
 
 def test_decoded_images_stay_within_their_bytes() -> None:
-    images = DecodedImages(limit=10)
+    images: Recent[int, np.ndarray] = Recent(limit=10)
     asked: list[int] = []
 
     def decode(number: int) -> np.ndarray:

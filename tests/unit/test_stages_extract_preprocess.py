@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from stages.data.view import Box, whole_image_box
+from stages.data.view import Box, whole, whole_image_box
 from stages.extract.config import TeacherConfig
 from stages.extract.geometry import InputFrame
 from stages.extract.preprocess import Preprocessing, probe_digest, probe_image
@@ -27,6 +27,13 @@ def network_input(steps: Preprocessing, image: np.ndarray, box: Box) -> torch.Te
     return steps.normalise(steps(image, box)[None])[0]
 
 
+def assert_within_a_step(ours: torch.Tensor, theirs: torch.Tensor, std: tuple[float, ...]) -> None:
+    """Resized by torch and by Pillow: few values differ, by one of 255 steps (see Preprocessing)."""
+    steps = (ours - theirs).abs() * 255 * torch.tensor(std).view(3, 1, 1)
+    assert float(steps.max()) < 1.01
+    assert float((steps > 0.01).float().mean()) < 0.02
+
+
 @pytest.fixture
 def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
@@ -42,7 +49,7 @@ def test_a_whole_image_is_treated_as_the_libraries_do(image: np.ndarray) -> None
         ]
     )
     ours = network_input(preprocessing((48, 64)), image, whole_image_box(60, 80, (48, 64)))
-    torch.testing.assert_close(ours, theirs(Image.fromarray(image)))
+    assert_within_a_step(ours, theirs(Image.fromarray(image)), STD)
 
 
 def test_only_the_box_is_seen(image: np.ndarray) -> None:
@@ -87,6 +94,34 @@ def test_the_probe_has_fine_and_coarse_structure_in_all_channels() -> None:
     assert all(np.ptp(channel) > 150 for channel in np.moveaxis(image, -1, 0))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(24, 32), (45, 60), (60, 80), (90, 120), (150, 200)])
+def test_bytes_are_pillows_to_within_two_steps(
+    image: np.ndarray, interpolation: str, size: tuple[int, int]
+) -> None:
+    steps = dataclasses.replace(preprocessing(size), interpolation=interpolation)
+    ours = steps(image, whole(image)).numpy().astype(int)
+    kernel = Image.Resampling[interpolation.upper()]
+    theirs = np.asarray(Image.fromarray(image).resize(size[::-1], kernel)).astype(int)
+    assert np.abs(ours - theirs).max() <= (1 if interpolation == "bilinear" else 2)
+    assert (ours != theirs).mean() < 0.02
+
+
+def test_inputs_do_not_depend_on_what_they_are_batched_or_padded_with(image: np.ndarray) -> None:
+    steps = preprocessing((48, 64))
+    other = steps(image[::-1].copy(), whole(image))
+    pixels = steps(image, whole(image))
+    together = steps.normalise(torch.stack([other, pixels]))
+    assert torch.equal(together[1], steps.normalise(pixels[None])[0])
+
+
+def test_read_only_and_mirrored_images_are_taken(image: np.ndarray) -> None:
+    steps = preprocessing((60, 80))
+    image.flags.writeable = False
+    for one in (image, image[:, ::-1]):
+        assert np.array_equal(steps(one, whole(one)).numpy(), one)
+
+
 VIEW = (48, 64)
 SOURCES = (
     "timm:vit_small_patch14_dinov2.lvd142m",
@@ -102,7 +137,7 @@ def configured(source: str) -> Preprocessing:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_inputs_are_those_of_timms_own_transform(source: str, image: np.ndarray) -> None:
-    """Without a crop, bit for bit: the same resize, mean and standard deviation."""
+    """Without a crop, to within a step of a byte: the same resize, mean and standard deviation."""
     steps = configured(source)
     settings = timm.data.resolve_data_config(
         pretrained_cfg=timm.get_pretrained_cfg(source.partition(":")[2]).to_dict()
@@ -110,7 +145,7 @@ def test_inputs_are_those_of_timms_own_transform(source: str, image: np.ndarray)
     size = {"input_size": (3, *steps.frame.size), "crop_pct": 1.0, "crop_mode": "squash"}
     theirs = timm.data.create_transform(**(settings | size))(Image.fromarray(image))
     ours = network_input(steps, image, whole_image_box(60, 80, VIEW))
-    torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+    assert_within_a_step(ours, theirs, steps.std)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16/openai", "ViT-B-16-SigLIP/webli"])
@@ -126,7 +161,7 @@ def test_inputs_are_those_of_open_clips_own_transform(name: str, image: np.ndarr
         resize_mode="squash",
     )
     ours = network_input(steps, image, whole_image_box(60, 80, VIEW))
-    torch.testing.assert_close(ours, transform(Image.fromarray(image)), atol=0, rtol=0)
+    assert_within_a_step(ours, transform(Image.fromarray(image)), steps.std)
 
 
 def test_memory_order_changes_no_value(image: np.ndarray) -> None:
