@@ -84,7 +84,8 @@ class Encoder:
         if target is None:
             return found, ()
         if codes.device.type == "cpu":
-            return found, self._moments(name, found, np.ones(len(found), np.bool_))
+            with np.errstate(invalid="ignore"):  # sums of infinities, see `are_sound`
+                return found, self._moments(name, found, np.ones(len(found), np.bool_))
         return found, token_moments(decode(codes), self._covariance)
 
     def _on(self, name: str, device: torch.device) -> tuple[Encode, Decode]:
@@ -98,6 +99,22 @@ class Encoder:
 def _widen(codes: Codes, out: NDArray[np.float32]) -> None:
     """Fill `out` with floats, in a fifth of the time that numpy takes for those of 16 bits."""
     torch.from_numpy(out).copy_(torch.from_numpy(codes))
+
+
+def are_sound(encoded: Encoded) -> bool:
+    """Tell whether codes and their sums show that all features can be stored; else look at these.
+
+    What exceeds 16 bits becomes infinite in them, and so do the sums: that saves `refuse_unstorable`
+    from going over every value. Other codecs hide it, and co-moments come too late.
+    """
+    if any(codes.dtype != np.float16 for codes in encoded.codes.values()):
+        return False
+    pooled = encoded.codes.get(GLOBAL)
+    return (pooled is None or bool(np.isfinite(pooled).all())) and all(
+        isinstance(moments, list | tuple)
+        and all(np.isfinite(one.mean).all() and np.isfinite(one.m2).all() for one in moments)
+        for moments in encoded.moments.values()
+    )
 
 
 def refuse_unstorable(features: Features, spec: TeacherSpec, image_ids: Sequence[str]) -> None:

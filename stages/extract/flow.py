@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stages.extract.clock import StageClock
 from stages.extract.devices import Timed, answer, pinned_for, wait_for
-from stages.extract.encode import Encoded, Encoder, refuse_unstorable
+from stages.extract.encode import Encoded, Encoder, are_sound, refuse_unstorable
 from stages.extract.halving import Halving, named_out_of_memory
 from stages.extract.reading import RowReader
 from stages.extract.teachers import Features, Teacher
@@ -90,9 +90,11 @@ class Lane:
             return self.encoder(None, valid)
         start = int(answered.valid[: part.start].sum())
         features = answered.features.part(slice(start, start + int(valid.sum())))
-        names = [self.rows.image_id(row) for row in self.good(rows)]
-        refuse_unstorable(features, self.rows.teacher.spec, names)
-        return self.encoder(features, valid)
+        encoded = self.encoder(features, valid)
+        if not are_sound(encoded):
+            names = [self.rows.image_id(row) for row in self.good(rows)]
+            refuse_unstorable(features, self.rows.teacher.spec, names)
+        return encoded
 
     def good(self, rows: range) -> list[int]:
         """Return the rows whose image can be read."""

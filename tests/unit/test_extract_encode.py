@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stages.averaging import area_average
 from stages.decode import decoder
-from stages.extract.encode import Encoder, refuse_unstorable
+from stages.extract.encode import Encoder, are_sound, refuse_unstorable
 from stages.extract.errors import NonFiniteFeaturesError
 from stages.extract.moments import token_moments
 from stages.extract.teachers import Features
@@ -103,12 +103,15 @@ def test_area_average_is_that_of_the_store(
 @pytest.mark.parametrize(
     ("codec", "value", "refused"),
     [("float16", 7e4, True), ("float32", 7e4, False), ("int8", 7e4, False),
-     ("float32", np.nan, True), ("int8", -np.inf, True), ("float16", -6e4, False)],
+     ("float32", np.nan, True), ("int8", -np.inf, True), ("float16", -6e4, False),
+     ("float16", np.nan, True)],
 )  # fmt: skip
 def test_what_cannot_be_stored_is_refused_by_name(codec: str, value: float, refused: bool) -> None:
     spec = sample_teacher(codec=codec)
     features = features_of(spec, range(2))
     features.levels["stage_2"][1, 0, 1, 2] = value
+    encoded = encoder_of(spec)[0](features, np.ones(2, np.bool_))
+    assert are_sound(encoded) == (codec == "float16" and not refused)
     if not refused:
         refuse_unstorable(features, spec, ["a", "b"])
         return
