@@ -1,6 +1,6 @@
 """Speed of extraction: against the teachers' own, against plain scripts, in one pass, by workers.
 
-    python tests/benchmarks/extraction.py forward|together|writers [--images 48] [--rounds 3]
+    python tests/benchmarks/extraction.py forward|together|writers|files [--images 48] [--rounds 3]
 
 `forward` compares images/s of `extract` with those of the three real teachers of the shared data on
 inputs that are in memory already, each alone and all in one pass, at 448 x 576. The processor
@@ -8,7 +8,7 @@ seconds of both say what ratio is possible at all where everything shares the co
 compares one pass over all teachers with one pass each, on the NYUv2 frames and on the same frames
 as photographs of 12 megapixels. `writers` compares with what people write themselves: a DataLoader,
 a forward pass and one .npy file per image and level; and with tar shards of such files, as
-Theia's feature cache has. With `--give-back` memory is as Python starts, without what the command
+Theia's feature cache has. `files` tells how many each way makes of more images. With `--give-back` memory is as Python starts, without what the command
 `sak` does about it. All of a round runs in one process, in turn.
 """
 
@@ -48,6 +48,8 @@ from stages.memory import KEPT
 from stages.progress import NoProgress
 from stages.stopping import Stop
 from store.create import create_store
+from store.sizes import future_record, row_bytes, tables_size, teacher_size
+from store.writer import DEFAULT_SHARD_BYTES
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SIZE = (448, 576)
@@ -80,7 +82,7 @@ GROUPS = [*([name] for name in teachers()), list(teachers())]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["forward", "together", "writers"])
+    parser.add_argument("what", choices=["forward", "together", "writers", "files"])
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--teachers", nargs="+", choices=list(teachers()), help="of `forward`")
     parser.add_argument("--rounds", type=int, default=3)
@@ -228,15 +230,36 @@ class Bench:
                 "times our time": statistics.median(s for s, _ in spent) / first,
                 "lowest": min(s for s, _ in spent) / first,
                 "highest": max(s for s, _ in spent) / first,
-                "files": self.files[way],
+                "files": self.counted[way],
             }
             for way, spent in runs.items()
         ]
 
+    def files(self) -> list[dict[str, Any]]:
+        """Return the files of each way for more images than are run, by arithmetic."""
+        specs = [load_teacher(*one, SIZE, CPU).spec for one in teachers().items()]
+        images = index_images(self.sources, max_bad=0.1, progress=NoProgress())
+        results = []
+        for count in (1_000, 10_000, 100_000):
+            records = [future_record(spec, {}, count, DEFAULT_SHARD_BYTES) for spec in specs]
+            sizes = [tables_size(images, count, SIZE), *map(teacher_size, records)]
+            total = sum(sizes[1:], sizes[0])
+            gigabytes = total.bytes / 1e9
+            large = sum(-(-count * row_bytes(one) // DEFAULT_SHARD_BYTES) for one in records)
+            results.append({
+                "images": count,
+                "GB": gigabytes,
+                "sak": total.files,
+                ".npy per image and level": count * sum(len(spec.levels) for spec in specs),
+                "tars of 1,000 samples": len(specs) * -(-count // 1_000),
+                "tars of 128 MiB": large,
+            })  # fmt: skip
+        return results
+
     def _rounds(self, ways: dict[str, Callable[[], Any]]) -> dict[str, list[tuple[float, float]]]:
         """Return seconds and processor seconds of each way and round, after one to warm up."""
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        self.files: dict[str, int] = {}
+        self.counted: dict[str, int] = {}
         for number in range(self.rounds + 1):
             for name, way in ways.items():
                 started, cpu = time.perf_counter(), cpu_seconds()
@@ -244,7 +267,7 @@ class Bench:
                 spent = time.perf_counter() - started, cpu_seconds() - cpu
                 if number:
                     found[name].append(spent)
-                self.files[name] = sum(path.is_file() for path in self.folder.rglob("*"))
+                self.counted[name] = sum(path.is_file() for path in self.folder.rglob("*"))
                 shutil.rmtree(self.folder / "out", ignore_errors=True)
         return found
 
