@@ -14,15 +14,18 @@ from torch import Tensor
 from stages.data.config import ViewsConfig
 from stages.data.images import index_images
 from stages.data.sources import ImageSource, list_folder
+from stages.data.view import Box
 from stages.data.views import draw_views
 from stages.extract import reading
 from stages.extract.batching import find_batch_size
 from stages.extract.clock import StageClock, total
 from stages.extract.config import ExtractConfig, TeacherConfig
+from stages.extract.preprocess import Preprocessing
 from stages.extract.reading import Recent
-from stages.extract.run import extract
-from stages.extract.teachers import Features
+from stages.extract.run import extract, open_extraction, run_together
+from stages.extract.teachers import Features, load_teacher
 from stages.progress import NoProgress
+from stages.stopping import Stop
 from store.create import create_store
 from store.reader import FeatureStore
 from store.testing import file_contents
@@ -80,6 +83,33 @@ def test_one_pass_decodes_once_and_writes_the_same_store(
     for name, config in floats.items():
         extract(apart, sources, VIEW, {name: config}, SETTINGS, NoProgress())
     assert file_contents(together) == file_contents(apart)
+
+
+def test_teachers_that_prepare_images_alike_share_their_inputs(
+    tmp_path: Path, sources: tuple[ImageSource, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: Counter[tuple[int, int]] = Counter()
+    prepare = Preprocessing.__call__
+
+    def counted(self: Preprocessing, image: np.ndarray, box: Box) -> torch.Tensor:
+        prepared[self.frame.content] += 1
+        return prepare(self, image, box)
+
+    vit = CONFIGS["vit"]
+    configs = {
+        "vit": vit,
+        "shifted": vit.model_copy(update={"mean": (0.1, 0.2, 0.3)}),
+        "larger": vit.model_copy(update={"input_size": (64, 96)}),
+    }
+    path = new_store(tmp_path / "together.zarr", sources)
+    loaded = [load_teacher(*one, VIEW, torch.device("cpu")) for one in configs.items()]
+    extractions = [open_extraction(path, sources, VIEW, one, SETTINGS) for one in loaded]
+    monkeypatch.setattr(Preprocessing, "__call__", counted)
+    run_together(extractions, NoProgress(), Stop())
+    assert prepared == {VIEW: COUNT - 1, (64, 96): COUNT - 1}
+    store, level = FeatureStore(path), loaded[0].spec.levels[0].name
+    first, other = (store.read(name, level, [0]) for name in ("vit", "shifted"))
+    assert not np.allclose(first, other)  # each with its own mean all the same
 
 
 def test_a_teacher_that_was_there_is_left_alone(
