@@ -134,7 +134,7 @@ def test_training_refuses_features_that_would_come_out_differently_now(
 
     monkeypatch.setattr(provenance, "CODE_VERSION", 99)
     refused = sak("train-student", "distill", *options, code=2)
-    assert "code_version: store has 1, asked for 99" in refused
+    assert "code_version: store has 2, asked for 99" in refused
     monkeypatch.undo()
     monkeypatch.setattr(provenance, "probe_digest", lambda *_: "another")
     refused = sak("train-student", "distill", *options, code=2)
