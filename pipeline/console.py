@@ -61,9 +61,9 @@ def progress_bar(enabled: bool = True) -> Iterator[BarProgress]:
 
 def show(title: str, report: Report, as_json: bool) -> None:
     """Print a result on standard output: a table for people or one JSON object for machines."""
-    output = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    output = _output()
     if as_json:
-        output.print_json(json.dumps(_without_nan(report.data), default=str, allow_nan=False))
+        show_json(report.data)
         return
     table = Table(title=title, title_justify="left")
     for column in report.columns:
@@ -86,6 +86,11 @@ def _without_nan(value: object) -> object:
     return value
 
 
+def show_json(data: object) -> None:
+    """Print one JSON object on standard output."""
+    _output().print_json(json.dumps(_without_nan(data), default=str, allow_nan=False))
+
+
 def fail(message: str) -> None:
     """Print a user's mistake in red on standard error."""
     messages.print("error:", style="bold red", end=" ")
@@ -97,3 +102,7 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else str(value)
+
+
+def _output() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)

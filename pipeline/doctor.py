@@ -71,8 +71,8 @@ def _parameter_checks(path: Path, machine: list[Check]) -> list[Check]:
         return [*checks, fail("store", str(error), "correct `store:`")]
     if isinstance(store, Path):
         whole = images is not None and len(specs) == len(params.teachers)
-        needed = _still_needed(store, specs, (images or 0) * params.views.count) if whole else None
-        checks.append(check_disk(store, needed))
+        rows = (images or 0) * params.views.count
+        checks.append(check_disk(store, _still_needed(store, specs, rows) if whole else None))
     return [*checks, *check_store(store, params)]
 
 
@@ -115,6 +115,9 @@ def check_store(path: StorePath, params: Params) -> list[Check]:
         summary = summarise(path)
     except StoreError as error:
         return [fail("store", str(error), "see `sak verify`, or choose another `store:`")]
+    except OSError as error:
+        found = f"{error.filename or path}: {error.strerror or error}"
+        return [fail("store", found, "correct its permissions, or choose another `store:`")]
     size = (
         ok("store", f"{summary.images} images, {len(summary.quarantined)} quarantined")
         if summary.image_size == params.image_size

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from rich.filesize import decimal
 
 from pipeline.doctor_check import Check, fail, ok, warn
-from store.disk import existing_parent, measure_disk
+from store.disk import RESERVE_BYTES, existing_parent, measure_disk
 
 DISTRIBUTION = "sak-distill"
 CGROUP = Path("/sys/fs/cgroup")
@@ -130,10 +130,14 @@ def check_tools() -> list[Check]:
 
 def check_disk(path: Path, needed: int | None) -> Check:
     """Speed and room where the store is, or will be; `needed` bytes are still to be written."""
+    advice = "correct its permissions, or choose another `store:`"
+    if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+        return fail(
+            "disk", f"{path} cannot be written by this user, or is mounted read-only", advice
+        )
     try:
         disk = measure_disk(path, _TRIAL)
     except OSError as error:
-        advice = "correct its permissions, or choose another `store:`"
         return fail("disk", f"{existing_parent(path)} cannot be written: {error.strerror}", advice)
     found = (
         f"{decimal(disk.free_bytes)} free, writes {decimal(int(disk.write_rate))}/s, "
@@ -141,7 +145,8 @@ def check_disk(path: Path, needed: int | None) -> Check:
     )
     if needed is not None:
         found += f"; about {decimal(needed)} still to write"
-        if needed > disk.free_bytes:
+        if needed and needed + RESERVE_BYTES > disk.free_bytes:  # extraction would refuse to begin
+            found += f", {decimal(RESERVE_BYTES)} are kept free"
             advice = "`sak plan --budget` chooses what fits; or make room, or another `store:`"
             return fail("disk", found, advice)
     if disk.free_bytes < _GIB:

@@ -1,12 +1,13 @@
 """What becomes of an exception: a user's mistake is a message, a fault of ours keeps its traceback."""
 
+import errno
 import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from shlex import quote
 from typing import Any
 
-from typer import Exit
+from typer import BadParameter, Exit
 from typer.core import TyperGroup
 
 from pipeline import console
@@ -16,6 +17,14 @@ OUR_PACKAGES = {"pipeline", "stages", "store"}
 RESUMES = "the same command goes on from the last shard or checkpoint written"
 INTERRUPTED = f"interrupted; {RESUMES}"
 TERMINATED = f"terminated; {RESUMES}"
+_DENIED = "give this user the right to it, or set another path in the parameter file"
+_ADVICE = {
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: "have the disk mounted writable, or set another path in the parameter file",
+    errno.ENOSPC: f"make room; {RESUMES}",
+    errno.EDQUOT: f"the quota is used up, make room; {RESUMES}",
+}
 
 
 def user_message(error: BaseException) -> str | None:
@@ -24,7 +33,23 @@ def user_message(error: BaseException) -> str | None:
     Our own error classes are raised for users only; a plain ValueError out of a library is a bug.
     """
     ours = type(error).__module__.partition(".")[0] in OUR_PACKAGES
-    return str(error) if ours or isinstance(error, OSError) else None
+    if isinstance(error, OSError) and not ours:
+        place = f"{error.filename}: " if error.filename and error.strerror else ""
+        advice = _ADVICE.get(error.errno or 0)
+        return f"{place}{error.strerror or error}" + (f"; {advice}" if advice else "")
+    return str(error) if ours else None
+
+
+def _ended(message: str, code: int, arguments: Sequence[str]) -> Exit:
+    console.fail(message)
+    _tell_machines(message, code, arguments)
+    return Exit(code)
+
+
+def _tell_machines(message: str, code: int, arguments: Sequence[str]) -> None:
+    """With `--json` standard output holds one object, whatever becomes of the command."""
+    if "--json" in arguments:
+        console.show_json({"error": message, "exit_code": code})
 
 
 class GuardedGroup(TyperGroup):
@@ -36,17 +61,17 @@ class GuardedGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except Terminated:
-            console.fail(TERMINATED)
-            raise Exit(143) from None
+            raise _ended(TERMINATED, 143, arguments) from None
         except KeyboardInterrupt:
-            console.fail(INTERRUPTED)
-            raise Exit(130) from None
+            raise _ended(INTERRUPTED, 130, arguments) from None
+        except BadParameter as error:  # typer shows it with the usage
+            _tell_machines(error.format_message(), error.exit_code, arguments)
+            raise
         except (ValueError, OSError) as error:
             message = user_message(error)
             if message is None:
                 raise
-            console.fail(self._with_params(message, arguments))
-            raise Exit(2) from error
+            raise _ended(self._with_params(message, arguments), 2, arguments) from error
 
     def _with_params(self, message: str, arguments: Sequence[str]) -> str:
         """Give each command that a message advises the parameter file that this one was given."""

@@ -1,4 +1,4 @@
-"""How this process keeps its memory, which decides how fast networks run on a processor."""
+"""How this process keeps its memory, and how libraries say that there is none left."""
 
 import ctypes
 
@@ -10,6 +10,20 @@ KEPT = {
     "MALLOC_ARENA_MAX": "1",
 }  # fmt: skip
 """What `keep_freed_memory` does, as environment of a process that is still to be started."""
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    # how cuBLAS and cuDNN say that there is no room for their handles and workspaces
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "when calling `cublasCreate(handle)`",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "Unable to find a valid cuDNN algorithm",
+)
 
 
 def keep_freed_memory() -> None:
@@ -28,3 +42,10 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((_TRIM_THRESHOLD, _NEVER), (_MMAP_MAX, 0), (_ARENA_MAX, 1)):
         mallopt(option, value)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of torch or Python says that memory ran out, on any device."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

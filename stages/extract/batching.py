@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.extract.halving import is_out_of_memory
 from stages.extract.teachers import Features
+from stages.memory import is_out_of_memory
 
 LARGEST = 256
 _GAIN = 1.05

@@ -28,6 +28,7 @@ from stages.extract.units import (
     finish,
     wait_for_unit,
 )
+from stages.memory import KEPT
 from stages.progress import Progress
 from stages.stopping import Terminated
 
@@ -43,11 +44,6 @@ _SCHEDULER_GONE = (
 )
 _LOOK_SECONDS, _PATIENCE_SECONDS = 5, 300
 _LOCAL = "127.0.0.1"
-_KEPT = {
-    "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_ARENA_MAX": "1",
-}  # fmt: skip
-"""As `keep_freed_memory`, but from the start: units run in threads that dask begins before."""
 
 
 @contextmanager
@@ -79,7 +75,7 @@ def local_workers(count: int, device: str) -> Iterator[Client]:
 
 
 def _worker(threads: int, gpu: int | None) -> dict[str, Any]:
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **_KEPT}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **KEPT}
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)

@@ -8,21 +8,10 @@ from typing import TypeVar
 import torch
 
 from stages.extract.errors import BatchTooLargeError
+from stages.memory import is_out_of_memory
 
 Part = TypeVar("Part")
 
-_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    # how cuBLAS and cuDNN say that there is no room for their handles and workspaces
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "when calling `cublasCreate(handle)`",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
-    "Unable to find a valid cuDNN algorithm",
-)
 _REASON_LENGTH = 200
 _logger = logging.getLogger(__name__)
 
@@ -97,13 +86,6 @@ def named_out_of_memory(what: str, advice: str) -> Iterator[None]:
             f"{what} ran out of memory ({memory_reason(error)}); {advice}. What is written is "
             "safe: run the same command again, it resumes"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error of torch or Python says that memory ran out, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def memory_reason(error: BaseException) -> str:

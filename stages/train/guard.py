@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.memory import is_out_of_memory
 from stages.train.distributed import Ranks
 from stages.train.files import DamagedFileError, load_whole, write_atomically
 from stages.train.stream import Batch
 
 FORMAT = 1
-_NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 class NonFiniteLossError(ValueError):
@@ -100,10 +100,3 @@ def memory_told(step: int, images: int, device: torch.device) -> Iterator[None]:
             "precision bf16, or lower batch_size; the same command then goes on from the last "
             "checkpoint, unless batch_size or precision changed"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error of torch or Python says that memory ran out, on any device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -4,6 +4,7 @@ One process imports torch and forks a child per run, which then types the comman
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_killed_at_random_moments_and_resumed_equals_an_uninterrupted_run(
 ) -> None:
     names = [str(number) for number in range(kills)]
     project.copies(*names)
-    moments = np.random.default_rng(1).integers(1, 600, kills).tolist()
+    moments = np.random.default_rng(1).choice(np.arange(1, 600), kills, replace=False).tolist()
     killed = [
         project.extract(name, kill=moment) for name, moment in zip(names, moments, strict=True)
     ]
@@ -164,6 +165,21 @@ def test_sigterm_finishes_the_shard_and_the_same_command_resumes(project: Projec
     assert run([project.extract("once")], [project.extract("twice")]) == [[0], [0]]
     whole = file_contents(project.store("whole"))
     assert file_contents(project.store("once")) == file_contents(project.store("twice")) == whole
+
+
+def test_damaged_lock_files_and_clocks_that_were_changed_hold_nobody_back(project: Project) -> None:
+    """A lock is the kernel's: neither what is in its file nor how old that is means anything."""
+    project.copies("damaged")
+    stopped = project.extract("damaged", terminate=[2 * ARRAYS + 3])
+    assert run([project.extract("whole")], [stopped]) == [[0], [143]]
+    commit = project.store("damaged") / "first" / "commit"
+    for name in (".lock-teacher", ".lock-3", ".lock-7"):
+        (commit / name).write_bytes(b"\x00\xff no lock")
+    future = 2**31
+    for number, path in enumerate(sorted(project.store("damaged").rglob("*"))):
+        os.utime(path, (future, future) if number % 2 else (0, 0))
+    assert run([project.extract("damaged")]) == [[0]]
+    assert file_contents(project.store("damaged")) == file_contents(project.store("whole"))
 
 
 def test_two_commands_at_once_fill_one_store(project: Project) -> None:

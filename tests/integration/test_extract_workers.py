@@ -100,7 +100,8 @@ def test_workers_killed_at_random_moments_are_replaced(
     whole, shared = projects(tiny_params, images)
     tickets = tmp_path / "tickets"
     tickets.mkdir()
-    for number, moment in enumerate(np.random.default_rng(2).integers(1, 80, kills).tolist()):
+    moments = np.random.default_rng(2).choice(np.arange(1, 80), kills, replace=False)
+    for number, moment in enumerate(moments.tolist()):
         (tickets / f"{number:02}-{moment}").touch()
     script = tmp_path / "run.py"
     script.write_text(RUN)

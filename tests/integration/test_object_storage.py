@@ -5,10 +5,12 @@ from pathlib import Path
 
 import boto3
 import numpy as np
+import pytest
 import yaml
 
-from pipeline.testing import sak
+from pipeline.testing import sak, sak_json
 from store.reader import FeatureStore
+from store.testing import file_contents
 
 
 def test_commands_take_a_url(s3_endpoint: str, tiny_params: Path, tmp_path: Path) -> None:
@@ -48,3 +50,33 @@ def test_commands_take_a_url(s3_endpoint: str, tiny_params: Path, tmp_path: Path
     assert len(FeatureStore(url).levels("first")) < len(FeatureStore(local).levels("first"))
     assert not (tmp_path / "s3:").exists()
     assert "no feature store at s3://bucket/other" in sak("inspect", f"{bucket}/other", code=2)
+
+
+@pytest.mark.slow  # moto answers thousands of requests of both workers in one thread: 50 s
+def test_worker_processes_fill_a_store_in_a_bucket(
+    s3_endpoint: str, tiny_params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of dask's workers at one bucket: each shard written once, the bytes those of a folder."""
+    monkeypatch.setattr("store.teacher_layout.MAX_ROWS_PER_SHARD", 2)
+    preload = tmp_path / "preload.py"
+    preload.write_text("import store.teacher_layout\nstore.teacher_layout.MAX_ROWS_PER_SHARD = 2\n")
+    monkeypatch.setenv("DASK_DISTRIBUTED__WORKER__PRELOAD", json.dumps([str(preload)]))
+    boto3.client("s3").create_bucket(Bucket="workers")
+    params = yaml.safe_load(tiny_params.read_text())
+    local, url = params["store"], "s3://workers/features.zarr"
+    sak("index", "--params", tiny_params)
+    sak("extract-teachers", "first", "--params", tiny_params)
+    tiny_params.write_text(yaml.safe_dump(params | {"store": url}))
+    sak("index", "--params", tiny_params)
+    command = ("extract-teachers", "first", "--workers", "2", "--params", tiny_params)
+    (summary,) = sak_json(*command)["teachers"]
+    assert (summary["images"], summary["shards_written"]) == (9, 5)
+    assert sak_json(*command)["teachers"][0]["already_there"] == 9
+    objects = boto3.client("s3").list_objects_v2(Bucket="workers")["Contents"]
+    written = {
+        one["Key"].removeprefix("features.zarr/"): boto3.client("s3")
+        .get_object(Bucket="workers", Key=one["Key"])["Body"]
+        .read()
+        for one in objects
+    }
+    assert written == file_contents(Path(local))

@@ -161,6 +161,8 @@ def test_git_and_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (10**12, 1e7, 10**9, "warn"),
         (10**8, 1e9, None, "warn"),
         (10**12, 1e9, 2 * 10**12, "fail"),
+        (10**10, 1e9, 10**10 - 10**7, "fail"),  # less than extraction keeps free
+        (10**8, 1e9, 0, "warn"),  # all is written
     ],
 )
 def test_disk(
@@ -184,6 +186,28 @@ def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     check = doctor_machine.check_disk(tmp_path / "store", None)
     assert check.state == "fail"
     assert "cannot be written: Read-only file system" in check.found
+
+
+def test_a_store_that_this_user_may_not_open(
+    tiny_params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may do anything, so the refusals are made here."""
+    store = tmp_path / "features.zarr"
+    CliRunner().invoke(app, ["index", "--params", str(tiny_params)], catch_exceptions=False)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != store and access(path, mode))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "zarr.json"))
+
+    monkeypatch.setattr("pipeline.doctor.summarise", refuse)
+    report, healthy = diagnose(tiny_params, wanted=True)
+    rows = {row[0]: row for row in report.rows}
+    assert not healthy
+    assert (rows["disk"][1], rows["store"][1]) == ("fail", "fail")
+    assert "cannot be written" in str(rows["disk"][2])
+    assert rows["store"][2] == f"{store}/zarr.json: Permission denied"
+    assert "permissions" in str(rows["store"][3])
 
 
 def hub_error(kind: type[Exception]) -> Exception:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stages.data.view import Box
 from stages.extract.errors import BatchTooLargeError
-from stages.extract.halving import is_out_of_memory
 from stages.extract.portions import Portions
 from stages.extract.teachers import Features
+from stages.memory import is_out_of_memory
 from store.spec import LevelSpec, TeacherSpec
 
 SPEC = TeacherSpec(
