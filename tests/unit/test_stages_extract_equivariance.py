@@ -18,7 +18,7 @@ from pipeline.cli import app
 from stages.data.config import ViewsConfig
 from stages.data.images import index_images
 from stages.data.sources import ImageSource, list_folder
-from stages.data.view import Box, view_image
+from stages.data.view import Box, view_image, whole, whole_image_box
 from stages.data.views import draw_views
 from stages.extract.equivariance import Windows, choose_images, nested_grids
 from stages.extract.errors import NonFiniteFeaturesError
@@ -143,6 +143,41 @@ def test_lopsided_kernels_do_not(tmp_path: Path, sources: tuple[ImageSource, ...
     found = measured(tmp_path / "store", sources, teacher(lopsided, 3))
     assert found.cosine["fine"]["flip"] < -0.5
     assert found.cosine["fine"]["crop"] > 0.95
+
+
+def test_the_figures_are_those_that_numpy_finds_by_hand(
+    tmp_path: Path, sources: tuple[ImageSource, ...]
+) -> None:
+    """Flip and crop of the fine grid (8 x 12), from the files' pixels and the definitions alone."""
+    one = teacher(lopsided, 3)
+    found = measured(tmp_path / "store", sources, one)
+
+    def answer(pixels: np.ndarray) -> np.ndarray:
+        values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255 - 0.5
+        return one.answer(values[None])[0].permute(1, 2, 0).double().numpy()
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        return float(((a * b).sum(-1) / lengths).mean())
+
+    flips, crops = [], []
+    for source in sources:
+        if source.id == "3":
+            continue
+        pixels = np.asarray(Image.open(source.path).convert("RGB"))
+        box = whole_image_box(pixels.shape[0], pixels.shape[1], VIEW)
+        shown = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+        large = view_image(shown, whole(shown), (128, 192))  # twice, so that its half fills a view
+        view = view_image(large, whole(large), VIEW)
+        mirrored = view_image(np.ascontiguousarray(large[:, ::-1]), whole(large), VIEW)
+        flips.append(cosine(answer(view)[:, ::-1], answer(mirrored)))
+        # a quarter further: 1 of 4 rows and 2 of 6 columns of the coarsest grid, of 16 pixels each
+        wide = view_image(shown, whole(shown), (64 + 16, 96 + 32))
+        first, second = answer(wide[:64, :96]), answer(wide[16:, 32:])
+        crops.append(cosine(first[2:, 4:], second[:-2, :-4]))
+    assert found.cosine["fine"]["flip"] == pytest.approx(np.mean(flips), abs=1e-6)
+    assert found.cosine["fine"]["crop"] == pytest.approx(np.mean(crops), abs=1e-6)
+    assert -0.99 < np.mean(flips) < 0.99
 
 
 def test_a_teacher_that_only_knows_the_place_follows_nothing(
