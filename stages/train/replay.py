@@ -19,11 +19,11 @@ def replay(run: TrainingRun, dataset: Dataset, store: FeatureStore, path: Path) 
         ReplayError: the file holds no saved step, or one of another student.
     """
     saved = load_bad_step(path)
-    loop = prepare(run, dataset, store).loop
+    learner = prepare(run, dataset, store).learner
     try:
-        loop.state.student.load_state_dict(saved["weights"])
+        learner.state.student.load_state_dict(saved["weights"])
     except RuntimeError as error:
         raise ReplayError(
             f"{path} was saved by a run of another student; restore the settings of that run"
         ) from error
-    return loop.recompute(saved["batch"], saved["step"], saved["rank"])
+    return learner.recompute(saved["batch"], saved["step"], saved["rank"])

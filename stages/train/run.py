@@ -4,8 +4,10 @@
 was killed goes on from its checkpoint when it is started again with the same settings.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -16,19 +18,24 @@ from stages.stopping import Stop
 from stages.train.average import finished_student
 from stages.train.device import peak_memory_megabytes
 from stages.train.distributed import ALONE, Ranks
+from stages.train.guard import NonFiniteLossError
 from stages.train.identity import TrainingRun, describe, identity_of
 from stages.train.keeping import Checkpoints, check_keep_best
+from stages.train.learner import Learner
 from stages.train.live import LiveTeacher
 from stages.train.log import TrainingLog
-from stages.train.loop import Loop, Outlets, Pace
+from stages.train.loop import Loop, Pupil
 from stages.train.online import OnlineTargets
+from stages.train.record import Record
 from stages.train.regrid import ReusedTargets, check_reuse
 from stages.train.saving import StudentDescription, initialise_from, save_student
 from stages.train.step import loss_columns
 from stages.train.stream import MEGABYTE, StreamSpec, TargetStream, usable_ids
 from stages.train.student import PARTS, Student
 from stages.train.targets import CachedTargets, TargetSource
+from stages.train.together import all_teachers, check_same, check_settings
 from stages.train.trackers import opened_trackers
+from stages.train.trainable import choose_trainable
 from store.reader import FeatureStore
 from store.spec import TeacherSpec
 
@@ -87,40 +94,53 @@ def train(
         NoSuchColumnError: `keep_best` names no loss of this run.
         Terminated: `stop` asked for the end; a checkpoint is written.
     """
-    made = prepare(run, dataset, store, ranks)
-    checkpoints = Checkpoints(
-        folder=run.folder,
-        identity=made.identity,
-        keep_last=run.phase.keep_last,
-        keep_best=run.phase.keep_best,
-    )
-    checkpoints.resume(made.loop.state)
-    resumed_at = made.loop.state.step
+    return train_together((run,), dataset, store, progress, ranks, stop)[0]
+
+
+def train_together(
+    runs: Sequence[TrainingRun],
+    dataset: Dataset,
+    store: FeatureStore,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+    stop: Stop | None = None,
+) -> list[TrainSummary]:
+    """Train several students from one stream; each ends with the bytes that it has trained alone.
+
+    What is read comes from the store once for all. A student whose loss is not finite ends early,
+    the others are finished and saved before that is raised. See `train` for what else is.
+
+    Raises:
+        TogetherError: the runs would not read the same.
+        NonFiniteLossError: it names the students that ended early, and why.
+    """
+    check_settings(runs)
+    made = [prepare(run, dataset, store, ranks) for run in runs]
+    check_same({run.folder.name: one.order for run, one in zip(runs, made, strict=True)})
+    resumed = [_resumed(one) for one in made]
     ranks.wait()  # nobody reads checkpoints any more when the first process begins to write
-    if ranks.first:
-        checkpoints.clean(made.loop.state)
-    log = TrainingLog(run.folder / LOG if ranks.first else None, resumed_at)
-    with opened_trackers(run.runtime.trackers if ranks.first else (), run.folder, log) as trackers:
-        log.trackers = trackers
-        outlets = Outlets(
-            log=log,
+    with ExitStack() as stack:
+        pupils = [_pupil(one, at, ranks, stack) for one, at in zip(made, resumed, strict=True)]
+        Loop(
+            pupils=pupils,
+            stream=_shared_stream(made, dataset, store),
+            ranks=ranks,
             progress=progress if progress and ranks.first else NoProgress(),
-            checkpoints=checkpoints,
             stop=stop or Stop(),
-        )
-        pace = made.loop.execute(made.stream, outlets)
-    if ranks.first:
-        student, held = finished_student(made.loop.state)
-        origin = {"store": store.digest(made.cached), "weights": held, **made.identity}
-        save_student(run.folder, student, made.description, origin)
+        ).execute()
+    for one, pupil in zip(made, pupils, strict=True):
+        if ranks.first and pupil.error is None:
+            _save(one, store)
     ranks.wait()
-    return _summary(run, made, log, pace, resumed_at)
+    _raise_ended(pupils)
+    return [_summary(*each) for each in zip(made, pupils, resumed, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A run before its first step."""
 
+    run: TrainingRun
     description: StudentDescription
     parameters: dict[str, int]
     random_parts: tuple[str, ...]
@@ -129,13 +149,34 @@ class Prepared:
     """Teachers whose features are read from the store."""
     identity: dict[str, Any]
     stream: TargetStream
-    loop: Loop
+    learner: Learner
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this run."""
+        return Checkpoints(
+            folder=self.run.folder,
+            identity=self.identity,
+            keep_last=self.run.phase.keep_last,
+            keep_best=self.run.phase.keep_best,
+        )
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of the images, and what is done to them, follows besides the settings."""
+        shards = self.stream.shuffle().shards
+        return {
+            "usable images": sha256("\n".join(self.stream.spec.ids).encode()).hexdigest()[:16],
+            "shards of its teachers (digest)": sha256(shards.tobytes()).hexdigest()[:16],
+            "mean of the student's images": self.stream.spec.mean,
+            "deviation of the student's images": self.stream.spec.std,
+        }
 
 
 def prepare(
     run: TrainingRun, dataset: Dataset, store: FeatureStore, ranks: Ranks = ALONE
 ) -> Prepared:
-    """Check a run and build its student, stream and loop; see `train` for what is raised."""
+    """Check a run and build its student, stream and learner; see `train` for what is raised."""
     _check(run, dataset, store)
     device = ranks.device(run.runtime.device)
     live = _live(run, device)
@@ -152,10 +193,12 @@ def prepare(
     random_parts = tuple(PARTS.values())
     if run.initialise_from is not None:
         random_parts = initialise_from(student, run.initialise_from)
+    choose_trainable(student, run.phase)
     stream = TargetStream(_stream_spec(run, student, ids), dataset, store, live)
     targets = _targets(run, store, stream, live, device)
     weights = {task.name: task.loss_weight for task in run.tasks}
     return Prepared(
+        run=run,
         description=description,
         parameters=parameters,
         random_parts=random_parts,
@@ -163,8 +206,54 @@ def prepare(
         cached=cached,
         identity=identity_of(run, description, store, specs, ids),
         stream=stream,
-        loop=Loop(student, run.phase, run.runtime, weights, targets, ranks),
+        learner=Learner(
+            student, run.phase, run.runtime, weights, targets, ranks, teachers=run.distilled
+        ),
     )
+
+
+def _shared_stream(made: Sequence[Prepared], dataset: Dataset, store: FeatureStore) -> TargetStream:
+    """Return the stream of one run, or one with the teachers of all."""
+    if len(made) == 1:
+        return made[0].stream
+    teachers = all_teachers([one.run for one in made])
+    return TargetStream(replace(made[0].stream.spec, teachers=teachers), dataset, store)
+
+
+def _resumed(made: Prepared) -> int:
+    """Bring a run to its newest checkpoint; return its step."""
+    made.checkpoints.resume(made.learner.state)
+    return made.learner.state.step
+
+
+def _pupil(made: Prepared, resumed_at: int, ranks: Ranks, stack: ExitStack) -> Pupil:
+    run, checkpoints = made.run, made.checkpoints
+    if ranks.first:
+        checkpoints.clean(made.learner.state)
+    names = run.runtime.trackers if ranks.first else ()
+    log = TrainingLog(run.folder / LOG if ranks.first else None, resumed_at)
+    log.trackers = stack.enter_context(opened_trackers(names, run.folder, log))
+    return Pupil(
+        learner=made.learner, record=Record(run.phase, log, checkpoints, writer=ranks.first)
+    )
+
+
+def _save(made: Prepared, store: FeatureStore) -> None:
+    student, held = finished_student(made.learner.state)
+    origin = {"store": store.digest(made.cached), "weights": held, **made.identity}
+    save_student(made.run.folder, student, made.description, origin)
+
+
+def _raise_ended(pupils: Sequence[Pupil]) -> None:
+    ended = {pupil.record.folder.name: pupil.error for pupil in pupils if pupil.error}
+    if len(pupils) == 1 and ended:
+        raise next(iter(ended.values()))
+    if ended:
+        told = "\n".join(f"{name}: {error}" for name, error in ended.items())
+        raise NonFiniteLossError(
+            f"{len(ended)} of {len(pupils)} students ended early, the others are finished and saved "
+            f"(to compute a step again, train that variant alone with --replay):\n{told}"
+        )
 
 
 def _check(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> None:
@@ -239,9 +328,8 @@ def _stream_spec(run: TrainingRun, student: Student, ids: tuple[str, ...]) -> St
     )
 
 
-def _summary(
-    run: TrainingRun, made: Prepared, log: TrainingLog, pace: Pace, resumed_at: int
-) -> TrainSummary:
+def _summary(made: Prepared, pupil: Pupil, resumed_at: int) -> TrainSummary:
+    run, pace = made.run, pupil.record.pace
     trained = (run.phase.steps - resumed_at) * run.phase.batch_size
     return TrainSummary(
         steps=run.phase.steps,
@@ -252,7 +340,7 @@ def _summary(
         data_wait=pace.waited / pace.seconds if pace.seconds else 0.0,
         losses={
             name: value
-            for name, value in log.last.items()
+            for name, value in pupil.record.log.last.items()
             if ("loss" in name or "distill" in name) and "." not in name
         },
         parameters=made.parameters,

@@ -28,7 +28,7 @@ from stages.train import files
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
 from stages.train.distributed import joined_ranks
 from stages.train.identity import TrainingRun
-from stages.train.loop import Loop
+from stages.train.record import Record
 from stages.train.run import train
 from stages.train.step import Step
 from stages.train.stream import Batch
@@ -134,7 +134,7 @@ class Order:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "gradient known": (Step, "clip"),
-    "weights changed": (Loop, "_record"),
+    "weights changed": (Record, "add"),
     "file not yet on disk": (os, "fsync"),
     "file in place": (files, "sync_folder"),
 }

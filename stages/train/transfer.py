@@ -1,6 +1,7 @@
 """Batches travel to the device while the step before them is computed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,3 +33,12 @@ def _copies(
         with torch.cuda.stream(side):
             copy = batch.to(device)
         yield copy, side.record_event()
+
+
+def of_teachers(batch: Batch, teachers: Sequence[str]) -> Batch:
+    """Return a batch with the targets of these teachers alone; nothing is copied."""
+    return replace(
+        batch,
+        targets={name: batch.targets[name] for name in teachers},
+        target_rows={name: batch.target_rows[name] for name in teachers},
+    )

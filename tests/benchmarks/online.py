@@ -21,7 +21,7 @@ from stages.data.view import whole
 from stages.extract.config import TeacherConfig
 from stages.extract.teachers import NetworkTeacher, load_teacher
 from stages.train.config import PhaseConfig, RuntimeConfig, StudentConfig
-from stages.train.loop import Loop
+from stages.train.learner import Learner
 from stages.train.online import OnlineTargets
 from stages.train.stream import Batch
 from stages.train.student import build_student
@@ -53,7 +53,7 @@ def main() -> None:
     live: TargetSource = OnlineTargets(teachers, levels)
     kept = live(batch)
     sources = {"online": live, "cached": Kept(kept)}
-    loops = {name: make_loop(asked, teachers, size, source) for name, source in sources.items()}
+    loops = {name: make_learner(asked, teachers, size, source) for name, source in sources.items()}
     flops = {name: count(loop, batch) for name, loop in loops.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(asked.repeats):
@@ -120,12 +120,12 @@ def make_batch(teachers: dict[str, NetworkTeacher], count: int, size: tuple[int,
     )
 
 
-def make_loop(
+def make_learner(
     asked: argparse.Namespace,
     teachers: dict[str, NetworkTeacher],
     size: tuple[int, int],
     source: TargetSource,
-) -> Loop:
+) -> Learner:
     """Build a student with a path per teacher, to be distilled."""
     config = StudentConfig(
         model="vit_tiny_patch16_224", model_args=_vit(asked.width, asked.depth), levels=LEVELS
@@ -133,20 +133,20 @@ def make_loop(
     channels = {name: [one.channels for one in t.spec.levels] for name, t in teachers.items()}
     student = build_student(config, size, channels, ())
     phase = PhaseConfig(steps=1000, batch_size=asked.batch, learning_rate=1e-4)
-    return Loop(student, phase, RuntimeConfig(device=asked.device), {}, source)
+    return Learner(student, phase, RuntimeConfig(device=asked.device), {}, source)
 
 
-def count(loop: Loop, batch: Batch) -> int:
+def count(learner: Learner, batch: Batch) -> int:
     """Return the floating-point operations of a step, two for a multiply-add."""
     with FlopCounterMode(display=False) as counter:
-        loop.recompute(batch, 0, 0)
+        learner.recompute(batch, 0, 0)
     return int(counter.get_total_flops())
 
 
-def timed(loop: Loop, batch: Batch, step: int, device: torch.device) -> float:
+def timed(learner: Learner, batch: Batch, step: int, device: torch.device) -> float:
     """Return the seconds of one step's forward and backward passes."""
     started = time.perf_counter()
-    loop.recompute(batch, step, 0)
+    learner.recompute(batch, step, 0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started

@@ -15,11 +15,12 @@ from torch import Tensor
 from stages.data.config import NyudData
 from stages.data.dataset import Dataset, open_dataset
 from stages.train import stem
+from stages.train.checkpoint import TrainingState
 from stages.train.config import PhaseConfig
 from stages.train.distributed import Ranks, RanksError
 from stages.train.identity import TrainingRun
-from stages.train.loop import Loop
 from stages.train.parts import cut
+from stages.train.record import Record
 from stages.train.run import prepare, train
 from stages.train.saving import load_student
 from stages.train.stem import StudentError
@@ -76,8 +77,8 @@ def first_gradient(
     made = prepare(run, dataset, store)
     size = run.phase.batch_size
     batch = next(batches(made.stream, batch_size=size, start=0, stop=1, workers=0, pin=False))
-    terms = made.loop.recompute(batch, 0, 0)
-    named = made.loop.state.student.named_parameters()
+    terms = made.learner.recompute(batch, 0, 0)
+    named = made.learner.state.student.named_parameters()
     return terms, {name: weight.grad for name, weight in named if weight.grad is not None}
 
 
@@ -137,13 +138,13 @@ def test_the_saved_student_is_the_average(
     run: TrainingRun, dataset: Dataset, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Tensor] = []
-    record = Loop._record
+    record = Record.add
 
-    def keep(self: Loop, *rest: object) -> None:
-        kept.append(self.state.student.state_dict()["tsap.dino.0.down.weight"].clone())
-        record(self, *rest)  # type: ignore[arg-type]
+    def keep(self: Record, state: TrainingState, *rest: object) -> None:
+        kept.append(state.student.state_dict()["tsap.dino.0.down.weight"].clone())
+        record(self, state, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Loop, "_record", keep)
+    monkeypatch.setattr(Record, "add", keep)
     train(changed(run, ema_decay=0.6), dataset, store)
     expected = kept[0]
     for value in kept[1:]:
@@ -161,7 +162,7 @@ def test_the_saved_student_is_the_average(
 
 def moved(run: TrainingRun, dataset: Dataset, store: FeatureStore) -> set[str]:
     """Train, and return the parts of the student (and kinds of stem weights) that changed."""
-    before = merged(prepare(run, dataset, store).loop.state.student).state_dict()  # type: ignore[arg-type]
+    before = merged(prepare(run, dataset, store).learner.state.student).state_dict()  # type: ignore[arg-type]
     train(run, dataset, store)
     after = load_file(run.folder / "student.safetensors")
     assert after.keys() == before.keys()
@@ -177,7 +178,7 @@ def test_low_rank_changes_are_of_low_rank_and_merged(
     run: TrainingRun, dataset: Dataset, store: FeatureStore
 ) -> None:
     run = changed(run, trainable="lora-stem", lora_rank=2, ema_decay=0.5)
-    before = merged(prepare(run, dataset, store).loop.state.student).state_dict()  # type: ignore[arg-type]
+    before = merged(prepare(run, dataset, store).learner.state.student).state_dict()  # type: ignore[arg-type]
     names = moved(run, dataset, store)
     in_stem = {name for name in names if name.startswith("vit.")}
     assert in_stem
