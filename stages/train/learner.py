@@ -62,13 +62,15 @@ class Learner:
             window={},
             average=start_average(student, phase.ema_decay),
         )
+        self.stopping = False
+        """Whether one of the processes was asked to stop."""
         self._buffers_before: list[Tensor] = []
         self._step = Step(student, phase, runtime, task_weights, targets, self.device, ranks)
 
     def compute(self, batch: Batch, folder: Path, stop: bool) -> dict[str, float]:
         """Leave a checked, clipped gradient in the weights; return the step's numbers.
 
-        With `stop` above 0 among them where a process was asked to: all hear of it at the same step.
+        `stopping` then tells whether a process was asked to `stop`: all hear of it at the same step.
 
         Raises:
             NonFiniteLossError: the batch is in `folder`, no weight was touched.
@@ -83,6 +85,7 @@ class Learner:
         norm = self._step.gradient_norm()
         asked = torch.tensor(float(stop), device=self.device)
         values = _numbers({**terms, GRADIENT_NORM: norm, "stop": asked}, self._ranks)
+        self.stopping = values.pop("stop") > 0
         self._refuse_not_finite(values, batch, folder)
         self._step.clip(norm)
         return values

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stages.progress import Progress
 from stages.stopping import Stop, Terminated
@@ -49,7 +49,6 @@ class Loop:
     ranks: Ranks
     progress: Progress
     stop: Stop
-    _stopping: bool = field(default=False, init=False)
 
     def execute(self) -> None:
         """Train to the last step, logging and writing checkpoints on the way.
@@ -70,7 +69,7 @@ class Loop:
             pupil.record.start()
         for step in range(first, steps):
             self._round(step, source)
-            if self._stopping:
+            if any(pupil.learner.stopping for pupil in self.pupils):
                 self._keep()
                 raise Terminated
             if all(pupil.error for pupil in self.pupils):
@@ -113,7 +112,6 @@ class Loop:
                 if len(self.pupils) > 1:
                     logger.warning("%s ends: %s", pupil.record.folder.name, error)
                 return []
-        self._stopping |= terms.pop("stop") > 0
         pupil.learner.update()
         pupil.record.add(pupil.learner.state, terms, waited)
         return [terms["loss"]]

@@ -20,7 +20,7 @@ from stages.data.config import NyudData
 from stages.data.dataset import Dataset, open_dataset
 from stages.progress import NoProgress
 from stages.stopping import Stop, Terminated
-from stages.train import loop
+from stages.train import learner
 from stages.train.checkpoint import CheckpointError
 from stages.train.guard import NonFiniteLossError, OutOfMemoryError, ReplayError
 from stages.train.identity import TrainingRun
@@ -143,7 +143,7 @@ def test_a_replayed_step_is_the_one_that_was_refused(
         return ["loss"] if len(seen) == 3 else []
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "not_finite", refuse)
+        patch.setattr(learner, "not_finite", refuse)
         with pytest.raises(NonFiniteLossError, match="step 2"):
             train(changed(run, accumulate=2), dataset, store)
     file = run.folder / "not-finite-00000002.pt"
