@@ -72,8 +72,9 @@ def _require_same_images(params: Params, folders: Mapping[str, Path]) -> None:
     """Refuse runs that were trained on another image set than the store's."""
     digest = FeatureStore(params.store).images.digest()
     for name, folder in folders.items():
-        trained_on = json.loads((folder / DESCRIPTION).read_text())["run"]["images"]["set"]
-        if trained_on != digest:
+        run = json.loads((folder / DESCRIPTION).read_text())["run"]
+        trained_on = run.get("images", {}).get("set")
+        if trained_on not in (None, digest):  # an imported student does not say
             raise StepError(
                 f"run '{name}' in {folder} was trained on the image set {trained_on[:16]}, the "
                 f"store holds {digest[:16]}; train it again, or set runs: to another folder"
