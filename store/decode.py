@@ -1,12 +1,12 @@
 """Decodes many rows, on the processor."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.codecs import Codec, Codes, Values
+from store.threads import each_in_threads
 
 
 def decode_rows(codec: Codec, codes: Codes, out: NDArray[np.float32] | None = None) -> Values:
@@ -36,10 +36,4 @@ def decode_portions(
         part = slice(start, start + portion)
         decode_rows(codec, read(part), out[part])
 
-    starts = range(0, len(out), portion)
-    if threads == 1:
-        for start in starts:
-            fill(start)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, starts))
+    each_in_threads(fill, range(0, len(out), portion), threads)

@@ -49,7 +49,15 @@ def check_document(path: StorePath, expected: dict[str, Any]) -> None:
     Raises:
         StoreDamagedError: the file is missing or says something else.
     """
-    found = load_document(path)
+    refuse_difference(path, load_document(path), expected)
+
+
+def refuse_difference(path: StorePath, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse metadata that says something else than expected.
+
+    Raises:
+        StoreDamagedError: with what differs.
+    """
     wrong = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
     if wrong:
         detail = ", ".join(

@@ -13,7 +13,6 @@ from typing import Any
 import dask.array
 import numpy as np
 import xarray
-import zarr
 
 from store.calibration import Fidelity
 from store.codecs import Codec, Codes, Values
@@ -32,6 +31,7 @@ from store.teacher import (
     read_record,
     teacher_folders,
 )
+from store.zarr_rows import open_zarr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +110,7 @@ def open_dask(
     """
     store = FeatureStore(path)
     layout = store.array(teacher, level, resolution)
-    address = store.path / teacher / layout.path
-    if isinstance(address, Path):
-        array = zarr.open_array(address, mode="r")
-    else:
-        options = dict(address.storage_options) or None
-        array = zarr.open_array(str(address), mode="r", storage_options=options)
+    array = open_zarr(store.path / teacher / layout.path)
     lazy: dask.array.Array = dask.array.from_zarr(  # type: ignore[no-untyped-call]
         array, chunks=layout.chunk
     )

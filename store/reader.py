@@ -13,12 +13,11 @@ from store.calibration import FittedTarget
 from store.chunks import read_array
 from store.codecs import Codes, FloatCodec, Values
 from store.decode import decode_portions
-from store.documents import check_document
 from store.equivariance import Equivariance, read_equivariance
 from store.errors import StoreError, StoreMismatchError, nearest
 from store.growth import growth_told, refuse_grown
 from store.images import ImageTable, ViewTable
-from store.layout import METADATA, ArrayLayout
+from store.layout import ArrayLayout
 from store.local_shards import Verify
 from store.remote import StorePath, locate
 from store.spec import Grid, TeacherSpec, canonical_json
@@ -36,6 +35,7 @@ from store.teacher import (
     refuse_unusable,
     teacher_folders,
 )
+from store.threads import usual_threads
 
 Rows = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -225,12 +225,11 @@ class FeatureStore:
         out: NDArray[np.float32],
         resolution: Grid | None = None,
         *,
-        threads: int = 1,
+        threads: int | None = None,
     ) -> None:
         """Fill `out` (n, H, W, C) or (n, C), float32 and contiguous, with features of `rows`.
 
-        `threads` read and decode side by side: worth it where they have a core each, so not in one
-        of many loading processes.
+        `threads` read and decode side by side, see `usual_threads` for None.
 
         Raises:
             StoreError: `out` has another shape or type; otherwise see `read`. What `out` holds then
@@ -243,11 +242,11 @@ class FeatureStore:
         refuse_buffer(out, (len(rows), *shape), "<f4")
         wanted = self._ready_rows(teacher, layout, rows)
         decode_portions(
-            lambda part: self._codes(teacher, layout, wanted[part]),
+            lambda part: self._codes(teacher, layout, wanted[part], 1),
             codec,
             out,
             self._rows.portion(layout, len(wanted)),
-            threads,
+            threads or usual_threads(),
         )
 
     def read_codes(
@@ -255,7 +254,8 @@ class FeatureStore:
     ) -> Codes:
         """Return what is stored of `rows`, which `codec` decodes; see `read`."""
         layout = self.array(teacher, level, resolution)
-        return self._codes(teacher, layout, self._ready_rows(teacher, layout, rows))
+        wanted = self._ready_rows(teacher, layout, rows)
+        return self._codes(teacher, layout, wanted, usual_threads())
 
     def read_codes_into(
         self,
@@ -264,10 +264,13 @@ class FeatureStore:
         rows: Rows,
         out: Codes,
         resolution: Grid | None = None,
+        *,
+        threads: int | None = None,
     ) -> None:
         """Fill `out`, of the type and shape that `read_codes` returns and contiguous.
 
-        The fastest way to read: each row is copied once, from the file into `out`.
+        The fastest way to read: each row is copied once, from the file into `out`, by `threads`
+        where there is much to copy, see `usual_threads` for None.
 
         Raises:
             StoreError: `out` has another shape or type; otherwise see `read`. What `out` holds then
@@ -277,7 +280,7 @@ class FeatureStore:
         refuse_buffer(out, (len(rows), *layout.shape[1:]), layout.dtype)
         wanted = self._ready_rows(teacher, layout, rows)
         with growth_told(self._folders[teacher], self._records[teacher]):
-            self._rows.read_into(teacher, layout, wanted, out)
+            self._rows.read_into(teacher, layout, wanted, out, threads or usual_threads())
 
     def levels(self, teacher: str) -> tuple[str, ...]:
         """Return the names that `read` knows: the levels, then `global` where there is one."""
@@ -325,7 +328,7 @@ class FeatureStore:
             record = self._record(teacher)
             layout = record.layout.features()[find_array(record.spec, level, resolution)]
             with growth_told(self._folders[teacher], record):
-                check_document(self._folders[teacher] / layout.path / METADATA, layout.document())
+                self._rows.add(teacher, layout)
             self._layouts[key] = layout
         return self._layouts[key]
 
@@ -377,10 +380,10 @@ class FeatureStore:
                 self._marks[teacher] = read_marks(self.path / teacher, record.layout).tobytes()
         return self._marks[teacher]
 
-    def _codes(self, teacher: str, layout: ArrayLayout, rows: list[int]) -> Codes:
+    def _codes(self, teacher: str, layout: ArrayLayout, rows: list[int], threads: int) -> Codes:
         out = np.empty((len(rows), *layout.shape[1:]), layout.dtype)
         with growth_told(self._folders[teacher], self._records[teacher]):
-            self._rows.read_into(teacher, layout, rows, out)
+            self._rows.read_into(teacher, layout, rows, out, threads)
         return out
 
     def _ready_rows(self, teacher: str, layout: ArrayLayout, rows: Rows) -> list[int]:

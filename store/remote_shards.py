@@ -32,8 +32,10 @@ class RemoteShards:
         """
         self._indexes(sorted({row // self._layout.chunk[0] for row in rows}))
 
-    def read_into(self, rows: list[int], out: NDArray[Any]) -> None:
+    def read_into(self, rows: list[int], out: NDArray[Any], threads: int) -> None:
         """Fill `out` (n, ...) with the entries of the array at `rows` (n,).
+
+        All are asked for at the same time, whatever `threads` says.
 
         Raises:
             StoreDamagedError: a shard is missing, has another size, or a checksum does not match.

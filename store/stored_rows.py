@@ -1,19 +1,27 @@
-"""Rows of a store's arrays, from a folder or from object storage."""
+"""Rows of a store's arrays, in the way that suits how and where each is stored."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from store.array_forms import RowShards, read_form
 from store.errors import StoreError
-from store.layout import ArrayLayout
+from store.layout import METADATA, ArrayLayout
 from store.local_shards import LocalShards, OpenShards, Verify
 from store.remote import StorePath
 from store.remote_shards import RemoteShards
 
 _CACHED_BYTES = 2**20
 """Codes that a core's cache still holds when they are decoded."""
+
+
+@runtime_checkable
+class _ArrayRows(Protocol):
+    def open(self, rows: list[int]) -> None: ...
+
+    def read_into(self, rows: list[int], out: NDArray[Any], threads: int) -> None: ...
 
 
 class StoredRows:
@@ -23,7 +31,32 @@ class StoredRows:
         self._path = path
         self._verify = verify
         self._open = OpenShards()
-        self._arrays: dict[tuple[str, str], LocalShards | RemoteShards] = {}
+        self._arrays: dict[tuple[str, str], _ArrayRows] = {}
+
+    def add(self, teacher: str, layout: ArrayLayout) -> None:
+        """Choose how an array is read, from its metadata; to be called before its rows are read.
+
+        Raises:
+            StoreDamagedError: the metadata is not that of `layout`.
+        """
+        form = read_form(self._path / teacher / layout.path / METADATA, layout)
+        self._arrays[teacher, layout.path] = self._choose(self._path / teacher, layout, form)
+
+    def _choose(
+        self, folder: StorePath, layout: ArrayLayout, form: ArrayLayout | RowShards | None
+    ) -> _ArrayRows:
+        """Return what reads an array, see the table in `store.array_forms`."""
+        if isinstance(form, ArrayLayout):
+            if isinstance(folder, Path):
+                return LocalShards(folder, layout, self._open, self._verify)
+            return RemoteShards(folder, layout)
+        if isinstance(form, RowShards) and isinstance(folder, Path):
+            from store.compressed_shards import CompressedShards  # only where it is asked for
+
+            return CompressedShards(folder, layout, form, self._open, self._verify)
+        from store.zarr_rows import ZarrRows  # only where it is asked for: imports zarr
+
+        return ZarrRows(folder, layout)
 
     def open(self, teacher: str, layout: ArrayLayout, rows: list[int]) -> None:
         """Make ready to read `rows`: their shards are known to be whole, and disks are at work.
@@ -31,10 +64,10 @@ class StoredRows:
         Raises:
             StoreDamagedError: a shard is missing, has another size, or its index is damaged.
         """
-        self._shards(teacher, layout).open(rows)
+        self._arrays[teacher, layout.path].open(rows)
 
     def read_into(
-        self, teacher: str, layout: ArrayLayout, rows: list[int], out: NDArray[Any]
+        self, teacher: str, layout: ArrayLayout, rows: list[int], out: NDArray[Any], threads: int
     ) -> None:
         """Fill `out` (n, ...), of the array's type and contiguous, with the entries at `rows`.
 
@@ -43,22 +76,11 @@ class StoredRows:
         Raises:
             StoreDamagedError: a shard is missing, has another size, or a checksum does not match.
         """
-        self._shards(teacher, layout).read_into(rows, out)
+        self._arrays[teacher, layout.path].read_into(rows, out, threads)
 
     def portion(self, layout: ArrayLayout, rows: int) -> int:
         """Return how many of `rows` to read, then decode, at a time."""
         return max(1, _CACHED_BYTES // layout.row_bytes if isinstance(self._path, Path) else rows)
-
-    def _shards(self, teacher: str, layout: ArrayLayout) -> LocalShards | RemoteShards:
-        key = teacher, layout.path
-        if key not in self._arrays:
-            folder = self._path / teacher
-            self._arrays[key] = (
-                LocalShards(folder, layout, self._open, self._verify)
-                if isinstance(folder, Path)
-                else RemoteShards(folder, layout)
-            )
-        return self._arrays[key]
 
 
 def refuse_buffer(out: NDArray[Any], shape: tuple[int, ...], dtype: str) -> None:

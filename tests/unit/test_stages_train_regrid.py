@@ -239,7 +239,6 @@ def test_levels_that_do_not_follow_are_refused_with_their_figures(store: Feature
     ) as no:
         check_reuse(FLIP, store, ("good", "bad"))
     assert "good" not in str(no.value)
-    check_reuse(ReuseConfig(flip=-1.0), store, ("good", "bad"))  # told to
     check_reuse(ReuseConfig(), store, ("bad", "unknown"))  # off
     with pytest.raises(ReuseError, match=r"bad, block_00: crop .*reuse\.crop asks for 0\.9"):
         check_reuse(CROP, store, ("bad",))

@@ -62,7 +62,7 @@ def test_jitter_leaves_an_image_alone_once_in_a_while() -> None:
         (StudentConfig, {"model": "v", "levels": [3, 1]}, "ascending"),
         (StudentConfig, {"model": "v", "levels": 0}, "greater than or equal to 1"),
         (StudentConfig, {"model": "v", "model_args": {"img_size": 3}}, "img_size"),
-        (StudentConfig, {"model": "v", "router": "none"}, "'sak' or 'sum'"),
+        (StudentConfig, {"model": "v", "router": "none"}, "'sak-noiseless' or 'sum'"),
         (StudentConfig, {"model": "v", "modle": "w"}, "Extra inputs"),
         (PhaseConfig, {"steps": 10, "learning_rate": "1e-3"}, "valid number"),
         (PhaseConfig, {"steps": 0, "learning_rate": 1.0}, "greater than or equal to 1"),
