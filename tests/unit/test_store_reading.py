@@ -133,6 +133,31 @@ def test_folder_object_storage_and_zarr_give_the_same(stored: Path) -> None:
     MemoryFileSystem.store.clear()
 
 
+OPENED = """
+import sys
+from store.reader import FeatureStore
+names = []
+sys.addaudithook(lambda event, what: names.append(str(what[0])) if event == "open" else None)
+store = FeatureStore(sys.argv[1])
+store.codec("int8", "stage_1", (2, 2))
+store.valid("int8")
+names.clear()
+for _ in range(2):
+    store.read("int8", "stage_1", [9, 5, 8], (2, 2))
+found = sorted({name[len(sys.argv[1]) + 1:] for name in names if name.startswith(sys.argv[1])})
+print(*found, sep="\\n")
+"""
+
+
+def test_only_files_of_the_level_and_rows_asked_for_are_opened(coded: Path) -> None:
+    """Rows 5, 8 and 9 are in the second and third shard of three, each of four."""
+    command = [sys.executable, "-c", OPENED, str(coded)]
+    found = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+    array = "int8/stage_1/2x2"
+    names = ("c.1.0.0.0", "c.2.0.0.0", "zarr.json")
+    assert found.stdout.split() == [f"{array}/{name}" for name in names]
+
+
 def test_buffers_that_cannot_be_filled_are_refused(stored: Path) -> None:
     store = FeatureStore(stored)
     read_only = np.empty((2, 3, 4, 6), np.float16)
