@@ -30,12 +30,12 @@ def every_code(kept: int) -> torch.Tensor:
     return (codes % 255 - 127).to(torch.int8).view(3, 17, 5, kept)
 
 
-@pytest.mark.parametrize("cached", [1, 100, 2**17])
+@pytest.mark.parametrize("cached", [1, 100, 2**15])
 @pytest.mark.parametrize(("kept", "rotated"), [(24, False), (24, True), (7, True)])
 def test_batches_are_decoded_as_the_store_does(
     cached: int, kept: int, rotated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "_CACHED_VALUES", cached)
+    monkeypatch.setattr(decode, "_SERIAL_VALUES", cached)
     int8, codes = codec(kept, 24, rotated), every_code(kept)
     expected = decode_rows(int8, codes.numpy())
     found = decode.decoder(int8, torch.device("cpu"))(codes)
