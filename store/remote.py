@@ -131,6 +131,8 @@ def remote_errors(where: object) -> Iterator[None]:
         raise
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
+        if package in ("numcodecs", "zarr"):
+            raise  # of what was read, not of reading it
         if package == "builtins" and not isinstance(error, OSError):
             raise  # a fault of ours
         reason = f"{type(error).__name__}: {error}"
