@@ -5,7 +5,7 @@ exp(cosine / 0.07)); the regression is that of CLIP's own example (Radford et al
 C = 0.316, 1,000 steps), on standardised features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +92,9 @@ def _vectors(
 ) -> dict[Key, _Vectors]:
     """Return all images' vectors (images, channels) per level."""
     found: dict[Key, list[_Vectors]] = {}
-    for chunk in _chunks(ids, batch_size):
+    for start in range(0, len(ids), batch_size):
+        chunk = ids[start : start + batch_size]
         for key, vectors in source.pooled(chunk).items():
             found.setdefault(key, []).append(vectors.cpu().numpy())
         progress.advance(len(chunk))
     return {key: np.concatenate(parts) for key, parts in found.items()}
-
-
-def _chunks(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(ids), size):
-        yield ids[start : start + size]

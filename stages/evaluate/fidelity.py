@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from stages.evaluate.features import FeatureSource, Key
 from stages.progress import Progress
-from stages.train.losses import resize_grid
+from stages.train.losses import on_one_grid
 
 _EPSILON = 1e-7  # of RankMe's definition
 
@@ -105,7 +105,8 @@ def fidelity(
         chunk = ids[start : start + batch_size]
         found, wanted = paths.read(chunk), teachers.read(chunk)
         for key, other in pairs.items():
-            x, y = _tokens(found[key], wanted[other])
+            maps = on_one_grid(found[key], wanted[other])
+            x, y = (one.flatten(0, 2) for one in maps)
             alignment = alignments.setdefault(
                 key, LinearAlignment(x.shape[1], y.shape[1], x.device)
             )
@@ -140,15 +141,6 @@ def ranks(
         RankScore(teacher=key[0], level=key[1], rank=rank_me(found), channels=len(found))
         for key, found in products.items()
     )
-
-
-def _tokens(x: Tensor, y: Tensor) -> tuple[Float[Tensor, "N X"], Float[Tensor, "N Y"]]:
-    """Bring two maps `B h w C` to the grid with more rows, and list their tokens."""
-    if x.shape[1] < y.shape[1]:
-        x = resize_grid(x, (y.shape[1], y.shape[2]))
-    elif x.shape[1:3] != y.shape[1:3]:
-        y = resize_grid(y, (x.shape[1], x.shape[2]))
-    return x.flatten(0, 2), y.flatten(0, 2)
 
 
 def _summary(cosines: Sequence[Tensor]) -> dict[str, float]:

@@ -24,9 +24,9 @@ FREE_TO_CHANGE = {
     "cache_megabytes",
 }
 """Settings that may differ between a run and its resumption. All but `accumulate` change no number;
-that one, as the number of ranks, the device and `compile`, changes rounding, the noise of routers
-and what batch normalisation sees at once, but neither the images of a step nor the expectation of
-its gradient."""
+that one, as the number of ranks, changes rounding, the noise of routers and what batch normalisation
+sees at once, but neither the images of a step nor the expectation of its gradient. Device and
+`compile`, which may differ too, change rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,14 +26,18 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     0.9 (1 - cos) + 0.1 SmoothL1(beta 1), the cosine over the whole flattened tensor of an image.
     Different grids meet on the one with more rows (bilinear, corners not aligned).
     """
-    student, teacher = student.float(), teacher.float()
-    if student.shape[1:3] != teacher.shape[1:3]:
-        if teacher.shape[1] > student.shape[1]:
-            student = resize_grid(student, (teacher.shape[1], teacher.shape[2]))
-        else:
-            teacher = resize_grid(teacher, (student.shape[1], student.shape[2]))
+    student, teacher = on_one_grid(student.float(), teacher.float())
     cosine = F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=1).mean()
     return COSINE_WEIGHT * (1 - cosine) + SMOOTH_L1_WEIGHT * F.smooth_l1_loss(student, teacher)
+
+
+def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring two maps `B h w C` to the grid with more rows, the student's where rows are equal."""
+    if student.shape[1:3] == teacher.shape[1:3]:
+        return student, teacher
+    if teacher.shape[1] > student.shape[1]:
+        return resize_grid(student, (teacher.shape[1], teacher.shape[2])), teacher
+    return student, resize_grid(teacher, (student.shape[1], student.shape[2]))
 
 
 def resize_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:

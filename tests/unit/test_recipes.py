@@ -1,7 +1,7 @@
 """Every recipe resolves in every size, plans, and trains two steps; small models, its own sizes."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +13,9 @@ from pipeline import planning
 from pipeline.params import load_params
 from pipeline.recipes import SIZES, STATED, Recipe, all_recipes, recipe
 from pipeline.testing import sak, sak_json
-from stages.data.config import DataConfig
 from stages.train.testing import make_data
 from tests.conftest import tiny_project
 
-KINDS = {
-    get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(get_args(DataConfig)[0])
-}
 RECIPES = all_recipes()
 STUB = {"embed_dim": 32, "depth": 4, "num_heads": 2}
 STUBS: dict[str, dict[str, Any]] = {
@@ -29,16 +25,8 @@ STUBS: dict[str, dict[str, Any]] = {
 }
 
 
-def needs_kind(entry: Recipe) -> Any:
-    kind = yaml.safe_load(entry.text)["data"]["kind"]
-    absent = pytest.mark.skipif(kind not in KINDS, reason=f"there is no data kind {kind} yet")
-    return pytest.param(entry, marks=absent, id=entry.name)
-
-
 def every(entry: Recipe) -> list[Any]:
-    case = needs_kind(entry)
-    return [pytest.param(entry, size, marks=case.marks, id=f"{entry.name}-{size}")
-            for size in (None, *entry.sizes)]  # fmt: skip
+    return [pytest.param(entry, size, id=f"{entry.name}-{size}") for size in (None, *entry.sizes)]
 
 
 @pytest.mark.parametrize(("entry", "size"), [case for entry in RECIPES for case in every(entry)])
@@ -69,19 +57,18 @@ def test_the_published_settings_are_those_of_the_recipes() -> None:
         "learning_rate_start": 1.25e-7, "learning_rate_min": 1e-5, "weight_decay": 0.01,
         "schedule": "cosine", "jitter": False, "targets": "online", "workers": 0,
     }  # fmt: skip
-    for name, size in (("nyud", [448, 576]), ("pascal", [512, 512])):
-        second = yaml.safe_load(recipe(name).text)
-        assert second["image_size"] == size
-        assert second["multitask"] | {"workers": 0} == {
-            "steps": 40_000, "batch_size": 4, "learning_rate": 2e-5, "learning_rate_start": 0.0,
-            "weight_decay": 1e-6, "schedule": "poly", "gradient_clip": 10.0, "alpha": 1.0,
-            "jitter": False, "workers": 0,
-        }  # fmt: skip
+    second = yaml.safe_load(recipe("nyud").text)
+    assert second["image_size"] == [448, 576]
+    assert second["multitask"] | {"workers": 0} == {
+        "steps": 40_000, "batch_size": 4, "learning_rate": 2e-5, "learning_rate_start": 0.0,
+        "weight_decay": 1e-6, "schedule": "poly", "gradient_clip": 10.0, "alpha": 1.0,
+        "jitter": False, "workers": 0,
+    }  # fmt: skip
 
 
 def test_the_listing_tells_what_each_header_states() -> None:
     told = {entry["name"]: entry for entry in sak_json("recipes")["recipes"]}
-    assert {"scenes", "nyud", "pascal", "imagenet-distill", "folder"} <= set(told)
+    assert {"scenes", "nyud", "imagenet-distill", "folder"} <= set(told)
     for entry in RECIPES:
         assert all(told[entry.name][key] for key in STATED)
         assert told[entry.name]["sizes"] in ([], list(SIZES))
@@ -130,7 +117,7 @@ def shrunk(entry: Recipe, folder: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("entry", [needs_kind(entry) for entry in RECIPES])
+@pytest.mark.parametrize("entry", RECIPES, ids=lambda entry: entry.name)
 def test_a_recipe_plans_and_trains_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: Recipe
 ) -> None:

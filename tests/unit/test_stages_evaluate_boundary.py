@@ -50,10 +50,11 @@ class TestMaps:
         assert kept[20, 0] == 0
         assert kept[20, 2] == pytest.approx(kept[20, 20] * 2 / 5)
 
-    @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (40, 2)])
+    @pytest.mark.parametrize("shape", [(3, 40), (40, 2)])
     def test_tiny_maps(self, shape: tuple[int, int]) -> None:
-        if min(shape) > 1:
-            assert suppress(np.full(shape, 128, np.uint8)).shape == shape
+        kept = suppress(np.full(shape, 128, np.uint8))
+        assert kept.shape == shape
+        assert np.isfinite(kept).all()
 
     def test_nothing_stays_nothing(self) -> None:
         assert not boundary_pixels(suppress(np.zeros((30, 40), np.uint8)), 0.01).any()

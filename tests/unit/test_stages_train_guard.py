@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,8 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from stages.data.config import NyudData
-from stages.data.dataset import Dataset, open_dataset
+from stages.data.dataset import Dataset
 from stages.progress import NoProgress
 from stages.stopping import Stop, Terminated
 from stages.train import learner
@@ -27,35 +26,14 @@ from stages.train.identity import TrainingRun
 from stages.train.keeping import NoSuchColumnError
 from stages.train.replay import replay
 from stages.train.run import train
-from stages.train.step import Step
+from stages.train.step import Step, loss_columns
 from stages.train.stream import Batch
-from stages.train.testing import CPU, PHASE, SIZE, STUDENT, TEACHERS, make_root
+from stages.train.testing import CPU, PHASE, SIZE, STUDENT, TEACHERS
 from stages.train.trackers import TrackerError
 from store.errors import StoreError
 from store.reader import FeatureStore
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_root(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture(scope="module")
-def dataset(root: Path) -> Dataset:
-    return open_dataset(NyudData(kind="nyud", root=root / "data"))
-
-
-@pytest.fixture(scope="module")
-def store(root: Path) -> FeatureStore:
-    return FeatureStore(root / "features.zarr")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -364,6 +342,10 @@ def test_what_is_logged(run: TrainingRun, dataset: Dataset, store: FeatureStore)
     train(run, dataset, store)
     with (run.folder / "log.csv").open() as file:
         row = list(csv.DictReader(file))[-1]
+    others = {"step", "learning_rate", "images_per_second", "data_wait", "gradient_norm"}
+    tasks = [task.name for task in run.tasks]
+    expected = loss_columns(tasks, dict.fromkeys(run.distilled, 2))
+    assert [name for name in row if name not in others] == expected
     levels = [float(row[f"distill_sam.{k}"]) for k in range(2)]
     assert sum(levels) == pytest.approx(float(row["distill_sam"]), rel=1e-5)
     assert float(row["gradient_norm"]) > 0

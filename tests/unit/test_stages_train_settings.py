@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.data.config import NyudData
-from stages.data.dataset import Dataset, open_dataset
+from stages.data.dataset import Dataset
 from stages.train import stem
 from stages.train.checkpoint import TrainingState
 from stages.train.config import PhaseConfig
@@ -25,32 +23,11 @@ from stages.train.run import prepare, train
 from stages.train.saving import load_student
 from stages.train.stem import StudentError
 from stages.train.stream import Batch, batches
-from stages.train.testing import CPU, PHASE, SIZE, STUDENT, TEACHERS, make_root
+from stages.train.testing import CPU, PHASE, SIZE, STUDENT, TEACHERS
 from stages.train.trainable import merged
 from store.reader import FeatureStore
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_root(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture(scope="module")
-def dataset(root: Path) -> Dataset:
-    return open_dataset(NyudData(kind="nyud", root=root / "data"))
-
-
-@pytest.fixture(scope="module")
-def store(root: Path) -> FeatureStore:
-    return FeatureStore(root / "features.zarr")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

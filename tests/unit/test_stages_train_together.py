@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.data.config import NyudData
-from stages.data.dataset import Dataset, open_dataset
+from stages.data.dataset import Dataset
 from stages.progress import NoProgress
 from stages.train.guard import NonFiniteLossError
 from stages.train.identity import TrainingRun
 from stages.train.run import train, train_together
 from stages.train.step import Step
-from stages.train.testing import CPU, PHASE, SIZE, STUDENT, make_root
+from stages.train.testing import CPU, PHASE, SIZE, STUDENT
 from stages.train.together import TogetherError
 from store.reader import FeatureStore
 
@@ -40,27 +39,7 @@ class KillAt(NoProgress):
             raise Killed
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_root(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture(scope="module")
-def dataset(root: Path) -> Dataset:
-    return open_dataset(NyudData(kind="nyud", root=root / "data"))
-
-
-@pytest.fixture(scope="module")
-def store(root: Path) -> FeatureStore:
-    return FeatureStore(root / "features.zarr")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def three(folder: Path, dataset: Dataset, tasks: bool) -> list[TrainingRun]:
